@@ -1,0 +1,75 @@
+"""Re-executes notebooks and stores their outputs: `make notebooks [NB=nbs/data/01_dicom.ipynb]`.
+
+Outputs are stored only if every cell ran, nothing went to stderr and the size limits hold; otherwise the notebook is left
+as it was and the exit status is 1. Cells tagged `#| eval: false` are not run.
+"""
+import argparse, copy, json, os, re, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from execnb.nbio import read_nb, write_nb
+
+MAX_FIGURE, MAX_OUTPUTS, MAX_TUTORIAL = 60_000, 400_000, 1_200_000
+
+def notebooks(nbs, names):
+    if names: return [Path(n).resolve() for n in names]
+    return [p for p in sorted(nbs.rglob('*.ipynb')) if not any(o.startswith(('_', '.')) for o in p.relative_to(nbs).parts)]
+
+def tidy(outputs):
+    "Without what changes from run to run: execution counts, object addresses, split streams"
+    merged = []
+    for o in outputs:
+        o.pop('execution_count', None)
+        if o.output_type == 'execute_result': o.execution_count = None
+        if o.output_type == 'stream' and merged and merged[-1].get('name') == o.name: merged[-1].text += o.text
+        else: merged.append(o)
+    for o in merged:
+        for box, key in [(o, 'text')] + [(o.get('data', {}), k) for k in ('text/plain', 'text/html')]:
+            if isinstance(box.get(key), str): box[key] = re.sub(r' at 0x[0-9a-f]+', '', box[key])
+    return merged
+
+def complaints(path, outputs):
+    size = len(json.dumps(outputs))
+    limit = MAX_TUTORIAL if 'tutorials' in path.parts else MAX_OUTPUTS
+    if size > limit: yield f'outputs are {size:,} bytes (limit {limit:,})'
+    for i, outs in enumerate(outputs):
+        for o in outs:
+            if o.get('name') == 'stderr': yield f'cell {i} writes to stderr: {o["text"][:500]}'
+            n = len(o.get('data', {}).get('image/png', ''))*3//4
+            if n > MAX_FIGURE: yield f'cell {i}: a figure of {n:,} bytes (limit {MAX_FIGURE:,})'
+
+def execute(path, timeout):
+    start, nb = time.time(), nbformat.read(path, as_version=4)
+    run = copy.deepcopy(nb)
+    for c in run.cells:
+        if re.search(r'^#\s*\|\s*eval: *false', c.source, re.M): c.source = ''
+    client = NotebookClient(run, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    try: client.execute()
+    except CellExecutionError as e: return path, [re.sub(r'\x1b\[[\d;]*m', '', str(e))[-3000:]], time.time()-start
+    except Exception as e: return path, [f'{type(e).__name__}: {e}'], time.time()-start
+    outs = [tidy(c.outputs) if c.cell_type == 'code' else [] for c in run.cells]
+    bad = list(complaints(path, outs))
+    if not bad:
+        for c, o in zip(nb.cells, outs):
+            if c.cell_type == 'code': c.outputs, c.execution_count = o, None
+        nbformat.write(nb, path)
+        nb2 = read_nb(path); clean_nb(nb2); write_nb(nb2, path)
+    return path, bad, time.time()-start
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('names', nargs='*'); p.add_argument('--workers', type=int, default=2); p.add_argument('--timeout', type=int, default=600)
+    a = p.parse_args()
+    os.environ.update(IN_TEST='1', PYTHONHASHSEED='0', MPLBACKEND='module://matplotlib_inline.backend_inline', COLUMNS='100')
+    failed = 0
+    with ThreadPoolExecutor(a.workers) as pool:
+        for path, bad, secs in pool.map(lambda n: execute(n, a.timeout), notebooks(Path(get_config().nbs_path), a.names)):
+            print(f'{"FAILED" if bad else "ok":6} {secs:6.1f} s  {path.name}', *bad, sep='\n    ' if bad else '', flush=True)
+            failed += bool(bad)
+    return min(failed, 1)
+
+if __name__ == '__main__': sys.exit(main())
