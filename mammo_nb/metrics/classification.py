@@ -8,10 +8,9 @@ __all__ = ['RULES', 'STRATEGIES', 'known_labels', 'sensitivity', 'specificity', 
            'calibration_table', 'expected_calibration_error', 'Calibrator', 'fit_calibrator', 'plot_calibration',
            'evaluate']
 
-# %% ../../nbs/metrics/10_classification.ipynb #78fd4d54
+# %% ../../nbs/metrics/10_classification.ipynb #717b17df
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt, seaborn as sns
 from sklearn.isotonic import IsotonicRegression
