@@ -2,6 +2,9 @@
 
 Outputs are stored only if every cell ran, nothing went to stderr and the size limits hold; otherwise the notebook is left
 as it was and the exit status is 1. Cells tagged `#| eval: false` are not run.
+
+The kernel gets one thread, a fixed hash seed and no network weights, so that a second run stores the same bytes. `--check` stores nothing
+and says which notebooks would change.
 """
 import argparse, copy, json, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,7 @@ from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from execnb.nbio import read_nb, write_nb
 
+ROOT = Path(__file__).resolve().parents[1]
 MAX_FIGURE, MAX_OUTPUTS, MAX_TUTORIAL = 60_000, 400_000, 1_200_000
 
 def notebooks(nbs, names):
@@ -42,32 +46,50 @@ def complaints(path, outputs):
             n = len(o.get('data', {}).get('image/png', ''))*3//4
             if n > MAX_FIGURE: yield f'cell {i}: a figure of {n:,} bytes (limit {MAX_FIGURE:,})'
 
-def execute(path, timeout):
+def environment():
+    "What the kernels see, whoever starts them"
+    threads = {k: '1' for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}
+    return {**threads, 'IN_TEST': '1', 'PYTHONHASHSEED': '0', 'HF_HUB_OFFLINE': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+            'COLUMNS': '100', 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'}
+
+def execute(path, timeout, check=False):
     start, nb = time.time(), nbformat.read(path, as_version=4)
     run = copy.deepcopy(nb)
     for c in run.cells:
         if re.search(r'^#\s*\|\s*eval: *false', c.source, re.M): c.source = ''
-    client = NotebookClient(run, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    client = NotebookClient(run, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
+                            extra_arguments=['--log-level=ERROR']) # a local TCP kernel warns on every start that it is not encrypted
     try: client.execute()
     except CellExecutionError as e: return path, [re.sub(r'\x1b\[[\d;]*m', '', str(e))[-3000:]], time.time()-start
     except Exception as e: return path, [f'{type(e).__name__}: {e}'], time.time()-start
     outs = [tidy(c.outputs) if c.cell_type == 'code' else [] for c in run.cells]
     bad = list(complaints(path, outs))
     if not bad:
+        target = path.with_name(f'.{path.name}.new') # complete before it takes the place of the old one
         for c, o in zip(nb.cells, outs):
             if c.cell_type == 'code': c.outputs, c.execution_count = o, None
-        nbformat.write(nb, path)
-        nb2 = read_nb(path); clean_nb(nb2); write_nb(nb2, path)
+        nbformat.write(nb, target)
+        nb2 = read_nb(target); clean_nb(nb2, clean_ids=False); write_nb(nb2, target)
+        if check:
+            if target.read_bytes() != path.read_bytes(): bad = [f'would change: {", ".join(changed(path, target)) or "the way it is stored"}']
+            target.unlink()
+        else: target.replace(path)
     return path, bad, time.time()-start
+
+def changed(old, new):
+    "The cells whose outputs differ"
+    a, b = (json.loads(p.read_text())['cells'] for p in (old, new))
+    return [f'cell {i}' for i, (x, y) in enumerate(zip(a, b)) if x != y]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('names', nargs='*'); p.add_argument('--workers', type=int, default=2); p.add_argument('--timeout', type=int, default=600)
+    p.add_argument('--check', action='store_true', help='store nothing')
     a = p.parse_args()
-    os.environ.update(IN_TEST='1', PYTHONHASHSEED='0', MPLBACKEND='module://matplotlib_inline.backend_inline', COLUMNS='100')
+    os.environ.update(environment())
     failed = 0
     with ThreadPoolExecutor(a.workers) as pool:
-        for path, bad, secs in pool.map(lambda n: execute(n, a.timeout), notebooks(Path(get_config().nbs_path), a.names)):
+        for path, bad, secs in pool.map(lambda n: execute(n, a.timeout, a.check), notebooks(Path(get_config().nbs_path), a.names)):
             print(f'{"FAILED" if bad else "ok":6} {secs:6.1f} s  {path.name}', *bad, sep='\n    ' if bad else '', flush=True)
             failed += bool(bad)
     return min(failed, 1)
