@@ -298,7 +298,7 @@ def extent(self:Prepared):
     (top, left), (bottom, right) = map_points(self.affine.inverse, [[0, 0], self.mask.shape])
     return left, right, bottom, top
 
-# %% ../../nbs/data/15_prepare.ipynb #6942bbc8
+# %% ../../nbs/data/15_prepare.ipynb #4bb6f1f0
 @dataclass
 class _Source:
     "Pixels as they are stored, and the way from any stored value to [0,1]"
@@ -311,8 +311,9 @@ class _Source:
 
 def _source(image, config, where):
     if hasattr(image, 'transfer'):
-        t, whole = image.transfer, replace(image.transfer, voi=None)
-        return _Source(image.pixels, t.line(config.preset), lambda v: t.to_unit(v, config.preset), whole.to_unit, image.pixel_spacing_mm, tuple(image.notes))
+        t, whole, head = image.transfer, replace(image.transfer, voi=None), image.header
+        if config.preset == 'minmax': t = replace(t, used=image.used)
+        return _Source(image.pixels, t.line(config.preset), lambda v: t.to_unit(v, config.preset), whole.to_unit, head.pixel_spacing_mm, tuple(head.notes))
     pixels = np.asarray(getattr(image, 'pixels', image))
     if pixels.ndim != 2 or min(pixels.shape) < 8: raise InputError(where, 'pixels', f'an array of shape {pixels.shape}', 'one grey image [H,W]')
     if pixels.dtype.kind == 'u': top = np.iinfo(pixels.dtype).max
