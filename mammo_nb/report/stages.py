@@ -115,7 +115,7 @@ class Stages:
         bad = sorted(k for k in {*now, *stamp['files']} if now.get(k) != stamp['files'].get(k))
         return f'{bad[0]} was changed' + (f' and {len(bad)-1} more' if len(bad) > 1 else '') if bad else None
 
-# %% ../../nbs/report/03_stages.ipynb #5671ea13
+# %% ../../nbs/report/03_stages.ipynb #8f41e69a
 @patch
 def run(self:Stages,
     name:str, # of the step, also of its folder
@@ -136,6 +136,7 @@ def run(self:Stages,
 def _make(self:Stages, name, path, key, make, why):
     self.tell(f'{name}: ...' if why == 'not there' else f'{name}: made again, {why}')
     tmp = Path(tempfile.mkdtemp(dir=self.folder, prefix=f'.{name}-'))
+    tmp.chmod(0o755)
     try:
         make(tmp)
         (tmp/'stage.json').write_text(json.dumps(dict(key=key, files=_files(tmp)), indent=1))
