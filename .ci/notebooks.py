@@ -3,7 +3,7 @@
 Outputs are stored only if every cell ran, nothing went to stderr and the size limits hold; otherwise the notebook is left
 as it was and the exit status is 1. Cells tagged `#| eval: false` are not run.
 
-The kernel gets one thread, a fixed hash seed and no network weights, so that a second run stores the same bytes. `--check` stores nothing
+The kernel gets one thread, a fixed hash seed and no network, so that a second run stores the same bytes. `--check` stores nothing
 and says which notebooks would change.
 """
 import argparse, copy, json, os, re, sys, time
@@ -50,7 +50,7 @@ def environment():
     "What the kernels see, whoever starts them"
     threads = {k: '1' for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}
     return {**threads, 'IN_TEST': '1', 'PYTHONHASHSEED': '0', 'HF_HUB_OFFLINE': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
-            'COLUMNS': '100', 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'}
+            'COLUMNS': '100', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT/".ci/offline"}', 'PYTHONDONTWRITEBYTECODE': '1'}
 
 def execute(path, timeout, check=False):
     start, nb = time.time(), nbformat.read(path, as_version=4)

@@ -14,9 +14,10 @@ NBS = ROOT/'nbs'
 SLOW, LIMIT = 60, 300  # seconds: a notebook over the first is named at the end, one over the second is stopped
 
 def environment():
-    "The same for everyone: one thread a process, no network weights, no colours of the terminal, a fixed hash seed"
+    "The same for everyone: one thread a process, no network (.ci/offline), a fixed hash seed"
     threads = {k: '1' for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}
     return {**os.environ, **threads, 'PYTHONHASHSEED': '0', 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1', 'COLUMNS': '100',
+            'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT/".ci/offline"}',
             'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}'}
 
 class Peak(threading.Thread):

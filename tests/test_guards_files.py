@@ -127,6 +127,15 @@ def test_ci_runs_make_test():
     run = ROOT/'.ci/run'
     assert run.stat().st_mode & 0o111 and 'make test' in run.read_text()
 
+@pytest.mark.parametrize('code, refused', [
+    ("socket.create_connection(('192.0.2.1', 9), timeout=1)", True), ("socket.socket().connect(('198.51.100.7', 80))", True),
+    ("urllib.request.urlopen('http://example.org', timeout=1)", True), ("socket.getaddrinfo('localhost', 80)", False),
+    ("s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())", False)])
+def test_notebooks_and_tests_have_no_network(code, refused):
+    env = {'PYTHONPATH': str(ROOT/'.ci/offline'), 'no_proxy': '*'}
+    r = subprocess.run([sys.executable, '-c', f'import socket, urllib.request\n{code}'], env=env, capture_output=True, text=True)
+    assert ('no network in tests' in r.stderr) == refused and (r.returncode != 0) == refused, r.stderr
+
 def test_notebooks_are_merged_by_nbdev(): assert '*.ipynb merge=nbdev-merge' in text('.gitattributes').splitlines()
 
 def test_every_target_is_explained():
