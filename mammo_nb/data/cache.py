@@ -221,7 +221,7 @@ def prepare(self:Cache,
     "The prepared image of a file, from the cache if it is there"
     return self.make(path, laterality, config)[1]
 
-# %% ../../nbs/data/16_cache.ipynb #2f782c36
+# %% ../../nbs/data/16_cache.ipynb #6ebfc819
 def _work(folder, path, laterality, config):
     "(key, made, failure): in a worker process, so nothing may escape"
     try:
@@ -247,7 +247,7 @@ def _run(jobs, workers, progress, total):
         from joblib import Parallel, delayed, parallel_config
         from mammo_nb.data.cache import _numbered  # by name, so that workers import it
         with parallel_config('loky', inner_max_num_threads=1):
-            pool = Parallel(n_jobs=min(workers, len(jobs)), return_as='generator_unordered')
+            pool = Parallel(n_jobs=min(workers, len(jobs)), return_as='generator_unordered', batch_size=1)
             for done in pool(delayed(_numbered)(*job) for job in jobs):
                 yield done
                 bar.update()

@@ -298,7 +298,7 @@ def extent(self:Prepared):
     (top, left), (bottom, right) = map_points(self.affine.inverse, [[0, 0], self.mask.shape])
     return left, right, bottom, top
 
-# %% ../../nbs/data/15_prepare.ipynb #4bb6f1f0
+# %% ../../nbs/data/15_prepare.ipynb #f970fa9e
 @dataclass
 class _Source:
     "Pixels as they are stored, and the way from any stored value to [0,1]"
@@ -306,6 +306,7 @@ class _Source:
     line: tuple|None        # (slope, intercept) of the way that `config.preset` names, `None` if it is not a line
     unit: object            # the same as a function, values cut at 0 and 1
     bright: object          # a function for the mask: the whole range of the file, dense tissue bright
+    ends: tuple             # smallest and largest value that can be stored
     spacing: float|None
     notes: tuple
 
@@ -313,20 +314,19 @@ def _source(image, config, where):
     if hasattr(image, 'transfer'):
         t, whole, head = image.transfer, replace(image.transfer, voi=None), image.header
         if config.preset == 'minmax': t = replace(t, used=image.used)
-        return _Source(image.pixels, t.line(config.preset), lambda v: t.to_unit(v, config.preset), whole.to_unit, head.pixel_spacing_mm, tuple(head.notes))
+        return _Source(image.pixels, t.line(config.preset), lambda v: t.to_unit(v, config.preset), whole.to_unit, t.stored, head.pixel_spacing_mm, tuple(head.notes))
     pixels = np.asarray(getattr(image, 'pixels', image))
     if pixels.ndim != 2 or min(pixels.shape) < 8: raise InputError(where, 'pixels', f'an array of shape {pixels.shape}', 'one grey image [H,W]')
     if pixels.dtype.kind == 'u': top = np.iinfo(pixels.dtype).max
     elif pixels.dtype.kind == 'f' and 0 <= pixels.min() and pixels.max() <= 1: top = 1
     else: raise InputError(where, 'pixels', f'{pixels.dtype} of other values', 'unsigned integers, or floats in [0,1]')
     unit = lambda values: np.asarray(values, np.float32)/np.float32(top)
-    return _Source(pixels, (1/top, 0.), unit, unit, getattr(image, 'pixel_spacing_mm', None), tuple(getattr(image, 'notes', ())))
+    return _Source(pixels, (1/top, 0.), unit, unit, (0, top), getattr(image, 'pixel_spacing_mm', None), tuple(getattr(image, 'notes', ())))
 
 def _to_grey(src, part, rows, cols, f):
     "The window, resampled, in [0,1]: averaged first where the way is a line that cuts nothing off"
-    if src.line is not None:
-        ends = [src.line[0]*float(v) + src.line[1] for v in (part.min(), part.max())]
-        if min(ends) >= -1e-6 and max(ends) <= 1+1e-6: return src.unit(resample(part, rows, cols, f))
+    def inside(values): return all(-1e-6 <= src.line[0]*float(v) + src.line[1] <= 1+1e-6 for v in values)
+    if src.line is not None and (inside(src.ends) or inside((part.min(), part.max()))): return src.unit(resample(part, rows, cols, f))
     return np.clip(resample(src.unit(part), rows, cols, f), 0, 1)
 
 # %% ../../nbs/data/15_prepare.ipynb #bf3c58c7
@@ -368,7 +368,7 @@ def _breast(mask, k, rows, cols, insets, shape):
     (top, bottom, left, right), (H, W) = insets, shape
     return (soft > .5) & ((rows >= top) & (rows < H-bottom))[:, None] & (cols >= left) & (cols < W-right)
 
-# %% ../../nbs/data/15_prepare.ipynb #2d62ca0b
+# %% ../../nbs/data/15_prepare.ipynb #a7dd18f5
 @dataclass
 class Plan:
     "What preparing will do"
@@ -399,7 +399,11 @@ def _plan(src, laterality, config, where):
     mirror, said = _mirror(mask, laterality, config, where)
     window = x0, y0, x1, y1 = _window(mask, k, src.pixels.shape, insets, mirror, config)
     f = _factor(window, src.spacing, config, where)
-    shape = tuple(min(s, max(1, round(d/f))) for s, d in zip(config.size, (y1-y0, x1-x0)))
+    h, w = shape = tuple(min(s, int(np.ceil(d/f - 1e-6))) for s, d in zip(config.size, (y1-y0, x1-x0)))
+    if config.crop:  # whole prepared pixels: a little more air below and at the nipple's side
+        y1, width = min(src.pixels.shape[0]-insets[1], y0+round(h*f)), round(w*f)
+        x0, x1 = (max(insets[2], x1-width), x1) if mirror else (x0, min(src.pixels.shape[1]-insets[3], x0+width))
+        window = x0, y0, x1, y1
     return Plan(window, f, shape, mirror, mask, k, insets, src.notes + said)
 
 def plan(
