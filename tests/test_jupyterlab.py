@@ -11,8 +11,8 @@ class Lab:
     def __init__(self, folder):
         "A server with its own settings, in its own folder, on a port that it chooses"
         runtime = folder/'runtime'
-        env = {**os.environ, 'HOME': str(folder), 'JUPYTER_CONFIG_DIR': str(folder/'config'), 'JUPYTER_DATA_DIR': str(folder/'data'), 'JUPYTER_RUNTIME_DIR': str(runtime),
-               'IPYTHONDIR': str(folder/'ipython'), 'PYTHONPATH': str(ROOT), 'IN_TEST': '1', 'OMP_NUM_THREADS': '1'}
+        env = {**{k: v for k, v in os.environ.items() if k != 'MPLBACKEND'}, 'HOME': str(folder), 'JUPYTER_CONFIG_DIR': str(folder/'config'), 'JUPYTER_DATA_DIR': str(folder/'data'), 'JUPYTER_RUNTIME_DIR': str(runtime),
+               'IPYTHONDIR': str(folder/'ipython'), 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT/".ci/offline"}', 'IN_TEST': '1', 'OMP_NUM_THREADS': '1'}
         self.log = folder/'log'
         with self.log.open('w') as out:
             self.proc = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', '--port=0', f'--IdentityProvider.token={TOKEN}',
