@@ -68,36 +68,35 @@ def read_tables(
     t['kind'] = t['shape'].map(_KINDS).fillna(t.abnormality_type).astype('str')
     return t.assign(split=t.table.str.split('_').str[1])
 
-# %% ../../../nbs/data/datasets/01_cbis_ddsm.ipynb #7d95eb6b
+# %% ../../../nbs/data/datasets/01_cbis_ddsm.ipynb #babb0f6c
 DESCRIPTION = ('shape', 'margins', 'calc_type', 'calc_distribution', 'birads', 'pathology_cbis')
 
 def match_views(
-    cc:pd.DataFrame, # findings of one breast in the CC view; columns of `DESCRIPTION` and `abnormality`
-    mlo:pd.DataFrame # the same in the MLO view
-): # list of pairs (row of cc, row of mlo), and `number` or `description`
+    cc:list, # findings of one breast in the CC view, each a tuple (number, six words of `DESCRIPTION`)
+    mlo:list # the same in the MLO view
+): # list of pairs (position in cc, position in mlo), and `number` or `description`
     "Which finding of the one view is which of the other"
-    a, b = ((t[list(DESCRIPTION)].fillna('').to_numpy(), t.abnormality.to_numpy()) for t in (cc, mlo))
-    agree = (a[0][:, None] == b[0][None]).sum(-1) if len(cc) and len(mlo) else np.zeros((len(cc), len(mlo)))
-    same = a[1][:, None] == b[1][None]
+    agree = np.array([[sum(x == y for x, y in zip(a[1:], b[1:])) for b in mlo] for a in cc]).reshape(len(cc), len(mlo))
+    same = np.array([[a[0] == b[0] for b in mlo] for a in cc], dtype=bool).reshape(agree.shape)
     rows, cols = linear_sum_assignment(-(agree + 1e-3*same))
-    if agree[rows, cols].sum() - (agree*same).sum() < 2: return list(zip(*(i.tolist() for i in np.nonzero(same)))), 'number'
+    if agree[rows, cols].sum() - (agree*same).sum() < 2: return [(int(i), int(j)) for i, j in zip(*np.nonzero(same))], 'number'
     return [(int(i), int(j)) for i, j in zip(rows, cols) if agree[i, j] >= 5], 'description'
 
 def lesion_ids(
     t:pd.DataFrame # of `read_tables`
 )->pd.DataFrame: # columns lesion_id, lesion_by; the index of `t`
     "A name for each physical lesion"
-    out = pd.DataFrame(index=t.index, columns=['lesion_id', 'lesion_by'], dtype='str')
-    for (patient, side, kind), g in t.groupby(['patient_id', 'laterality', t.table.str[:4]]):
-        views = {v: x.sort_values('abnormality') for v, x in g.groupby('view')}
-        cc, mlo = (views.get(v, g.iloc[:0]) for v in ('CC', 'MLO'))
-        pairs, by = match_views(cc, mlo)
-        of = dict(zip(cc.index, cc.abnormality)) | {mlo.index[j]: cc.abnormality.iloc[i] for i, j in pairs}
-        for i in mlo.index.difference(list(of)):
-            n = mlo.abnormality[i]
-            of[i] = n if n not in of.values() else str(max(map(int, [*of.values(), *g.abnormality])) + 1)
-        for i, n in of.items(): out.loc[i] = [f'{patient}_{side}_{kind}_{n}', by if len(cc) and len(mlo) else 'one view']
-    return out
+    breasts, out = {}, {}
+    for row in zip(t.index, t.patient_id, t.laterality, t.table.str[:4], t['view'], t.abnormality, *(t[k].fillna('') for k in DESCRIPTION)):
+        breasts.setdefault(row[1:4], dict(CC=[], MLO=[]))[row[4]].append((row[0], row[5:]))
+    for (patient, side, kind), views in breasts.items():
+        cc, mlo = (sorted(views[v], key=lambda f: int(f[1][0])) for v in ('CC', 'MLO'))
+        pairs, by = match_views([f for _, f in cc], [f for _, f in mlo])
+        of = {i: f[0] for i, f in cc} | {mlo[j][0]: cc[i][1][0] for i, j in pairs}
+        for i, f in mlo:
+            if i not in of: of[i] = f[0] if f[0] not in of.values() else str(max(int(n) for n in (*of.values(), *(g[0] for _, g in mlo))) + 1)
+        for i, n in of.items(): out[i] = (f'{patient}_{side}_{kind}_{n}', by if cc and mlo else 'one view')
+    return pd.DataFrame.from_dict(out, orient='index', columns=['lesion_id', 'lesion_by']).reindex(t.index).astype('str')
 
 # %% ../../../nbs/data/datasets/01_cbis_ddsm.ipynb #9f21663c
 _SUBJECT = re.compile(r'(Mass|Calc)-(Training|Test)_P_\d{5}_(LEFT|RIGHT)_(CC|MLO)(_\d+)?')
