@@ -368,7 +368,7 @@ def _breast(mask, k, rows, cols, insets, shape):
     (top, bottom, left, right), (H, W) = insets, shape
     return (soft > .5) & ((rows >= top) & (rows < H-bottom))[:, None] & (cols >= left) & (cols < W-right)
 
-# %% ../../nbs/data/15_prepare.ipynb #a7dd18f5
+# %% ../../nbs/data/15_prepare.ipynb #b6f3c006
 @dataclass
 class Plan:
     "What preparing will do"
@@ -392,6 +392,7 @@ class Plan:
         rows, cols = ((np.arange(n)+.5)*self.factor for n in self.shape)
         return rows, self.window[2]-self.window[0]-cols if self.mirror else cols
 
+# %% ../../nbs/data/15_prepare.ipynb #79a348a7
 def _plan(src, laterality, config, where):
     coarse, k = coarse_image(src.pixels)
     mask = breast_mask(src.bright(coarse), where)
