@@ -1,6 +1,6 @@
 """README.md from nbs/index.ipynb, without Quarto: `make readme`; `--check` only says whether it is in sync.
 
-Markdown stays as it is, code is fenced unless `#| echo: false` or `#| hide`, a figure becomes nbs/images/index-<cell id>.png with the cell's
+Markdown stays as it is, code is fenced unless `#| echo: false` or `#| hide`, a figure becomes nbs/images/index-<n>.png with the cell's
 `#| fig-alt` as its text. Links to notebooks get the folder in front, so that they work on the front page of the repository.
 """
 import argparse, base64, json, re, sys
@@ -28,7 +28,7 @@ def cell_markdown(c, images):
     for o in c['outputs']:
         data = o.get('data', {})
         if 'image/png' in data:
-            name = f'index-{c["id"]}.png'
+            name = f'index-{len(images)+1}.png'
             images[name] = base64.b64decode(text_of(data['image/png']))
             yield f'![{directive(s, "fig-alt") or ""}](nbs/images/{name})'
         elif text := text_of(o.get('text') or data.get('text/markdown') or data.get('text/plain') or ''): yield f'```\n{text.rstrip()}\n```'

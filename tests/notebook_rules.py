@@ -64,6 +64,13 @@ def no_mixed_imports(rel, cells):
     for i, c, t in trees(cells, True):
         if {isinstance(n, (ast.Import, ast.ImportFrom)) for n in t.body} == {True, False}: yield f'cell {i}: mixes imports and code'
 
+def imports_stand_alone(rel, cells):
+    "Also outside exported cells: nbdev_proc_nbs runs a cell that imports without the cells before it, so nothing else may stand in it"
+    for i, c, t in trees(cells):
+        if exported(c) or 'nbdev_export()' in source(c): continue
+        kinds = {type(n) for n in ast.walk(t)}
+        if kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign}: yield f'cell {i}: imports and other code in one cell'
+
 def documented(rel, cells):
     "A docstring on what is public, a comment on every parameter and on what is returned"
     for i, c, t in trees(cells, True):
@@ -141,7 +148,7 @@ def stored_well(rel, cells):
     if any(not isinstance(c['source'], list) for c in cells): yield 'a source is not a list of lines'
     if any(c['metadata'] for c in cells): yield 'a cell has metadata'
 
-RULES = [name_is_numbered, module_is_the_name, begins_and_ends, title, first_export_is_imports, parses, short_cells, no_mixed_imports, documented,
+RULES = [name_is_numbered, module_is_the_name, begins_and_ends, title, first_export_is_imports, parses, short_cells, no_mixed_imports, imports_stand_alone, documented,
          nothing_swallowed, no_stub, no_global_filter, nothing_hidden, clean_outputs, small_outputs, tells_and_shows, stored_well]
 
 def complaints(rel, cells): return [f'{r.__name__}: {c}' for r in RULES for c in r(rel, cells)]

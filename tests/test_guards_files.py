@@ -183,6 +183,6 @@ def test_an_unmade_image_is_seen(readme, monkeypatch, tmp_path):
     for n in ('nbs/index.ipynb', 'README.md', *(f'nbs/images/{p.name}' for p in (ROOT/'nbs/images').iterdir())):
         (tmp_path/n).parent.mkdir(parents=True, exist_ok=True); (tmp_path/n).write_bytes((ROOT/n).read_bytes())
     monkeypatch.setattr(readme, 'ROOT', tmp_path)
-    (tmp_path/'nbs/images/index-00000000.png').write_bytes(b'')
+    (tmp_path/'nbs/images/index-99.png').write_bytes(b'')
     (tmp_path/'README.md').write_text('edited by hand')
-    assert readme.stale() == ['README.md', 'nbs/images/index-00000000.png']
+    assert readme.stale() == ['README.md', 'nbs/images/index-99.png']

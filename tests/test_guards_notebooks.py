@@ -43,6 +43,7 @@ BAD = [
     ('parses', good(demo='width([2,')), ('parses', good(function=function('return (')),),
     ('short_cells', good(function=function('\n    '.join(f'x{i} = {i}' for i in range(41))))),
     ('no_mixed_imports', good(export='#| export\nimport os\nx = 1')),
+    ('imports_stand_alone', good(demo='import os\nwidth([2, 5])')), ('imports_stand_alone', good(demo='def f():\n    import os\nx = 1')),
     ('documented', good(function='#| export\ndef width(\n    box:list # xyxy\n): # pixels\n    return box[1]')),
     ('documented', good(function='#| export\ndef width(box):\n    "The width of a box"\n    return box[1]')),
     ('documented', good(function='#| export\ndef width(\n    box:list # xyxy\n):\n    "The width of a box"\n    return box[1]')),
@@ -80,4 +81,4 @@ def test_every_rule_has_a_bad_notebook():
     assert {r.__name__ for r in RULES} == {r for r, _ in BAD} | {'name_is_numbered', 'stored_well'}
 
 def test_a_filter_inside_catch_warnings_is_fine():
-    assert complaints('data/01_boxes.ipynb', good(demo="import warnings\nwith warnings.catch_warnings():\n    warnings.simplefilter('error')\n    width([2, 5])")) == []
+    assert complaints('data/01_boxes.ipynb', good(demo="with warnings.catch_warnings():\n    warnings.simplefilter('error')\n    width([2, 5])")) == []
