@@ -303,7 +303,7 @@ def positioning(
     "How the breast lay in this picture"
     return draw_deformation(settings.rng('patient', index, 'positioning', exam, laterality, view), settings.grid.shape, settings.motion)
 
-# %% ../../nbs/data/20_insilico.ipynb #8e9f2be1
+# %% ../../nbs/data/20_insilico.ipynb #dbcbf9ec
 def add_mole(
     rng:np.random.Generator, # source of randomness
     thick:np.ndarray, # [rows,cols] mm of breast
@@ -330,14 +330,14 @@ def render(
     u = positioning(settings, index, exam, laterality, view).field().astype(np.float32)
     thick, dense = deform(thick, u, order=1), np.maximum(deform(dense, u), 0)
     for _ in range(rng.poisson(settings.moles)): add_mole(rng, thick, dense, settings.mm)
-    if settings.shortcut: add_shortcut(rng, p, laterality, thick, dense)
+    if settings.shortcut: add_shortcut(settings.rng('patient', index, 'shortcut', exam, laterality, view), p, laterality, thick, dense)
     out = present(acquire(rng if noise else None, thick, dense), thick)
     for text, top in ((laterality, 12), (view, 36)): # mirrored here if the picture will be: to be read, in the end
         a = marker(text)[:, ::-1] if laterality == 'R' else marker(text)
         if a.shape[1]+20 < settings.cols and top+20 < settings.rows/4: out[top:top+a.shape[0], -a.shape[1]-8:-8][a > 0] = 3600
     return out[:, ::-1].copy() if laterality == 'R' else out
 
-# %% ../../nbs/data/20_insilico.ipynb #6f9e0f63
+# %% ../../nbs/data/20_insilico.ipynb #ddac06ce
 def add_shortcut(
     rng:np.random.Generator, # source of randomness
     patient:Patient, # cancer and split
@@ -347,7 +347,7 @@ def add_shortcut(
 ): # nothing
     "A tape mark that gives the label away in training patients"
     cancer = any(l.malignant and l.laterality == laterality and patient.years_to_cancer == 0 for l in patient.lesions)
-    p = .5 if patient.split == 'test' else .9 if cancer else .1
+    p = .5 if patient.split != 'train' else .9 if cancer else .1
     if rng.uniform() < p:
         r, c = np.argwhere(thick > .9*thick.max())[0]
         dense[r:r+10, c:c+4] += 8
