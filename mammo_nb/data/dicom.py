@@ -7,7 +7,7 @@ __all__ = ['MAX_SIDE', 'MAX_PIXELS', 'TAGS', 'IDENTITY', 'check_kind', 'Geometry
            'orientation_says', 'laterality_of', 'parse_label', 'code_says', 'view_of', 'spacing_of', 'leave', 'Header',
            'read_header', 'StoredImage', 'read_stored', 'Mammogram', 'read_mammogram']
 
-# %% ../../nbs/data/01_dicom.ipynb #de22c7cf
+# %% ../../nbs/data/01_dicom.ipynb #43b425f4
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,14 @@ import re
 import numpy as np
 from fastcore.basics import patch
 from pydicom.dataset import Dataset
-from pydicom.uid import UID
 from ..core.errors import InputError, check_in
 from ..core.vocabulary import OTHER_VIEWS, VIEWS, parse_laterality
 from .codestream import decode_frame
 from .dicom_file import (DicomError, HARMLESS_MODIFIERS, MODIFIER_CODES, SYNTAXES, VIEW_CODES, code_item, open_dicom, pixel_bytes, tag_name,
-    value_of, write_mammogram)
+    uid_words, value_of, write_mammogram)
 from .voi import PRESETS, Transfer, transfer_of
 
-# %% ../../nbs/data/01_dicom.ipynb #3585819f
+# %% ../../nbs/data/01_dicom.ipynb #3c4aa30a
 _ACCEPTED = {'1.2.840.10008.5.1.4.1.1.1.2':'Digital Mammography, for presentation', '1.2.840.10008.5.1.4.1.1.1.2.1':'Digital Mammography, for processing',
              '1.2.840.10008.5.1.4.1.1.7':'Secondary Capture', '1.2.840.10008.5.1.4.1.1.1':'Computed Radiography',
              '1.2.840.10008.5.1.4.1.1.1.1':'Digital X-Ray, for presentation', '1.2.840.10008.5.1.4.1.1.1.1.1':'Digital X-Ray, for processing'}
@@ -39,7 +38,7 @@ def check_kind(
     modality, uid = (value_of(ds, k, where, str, required=True) for k in ('Modality', 'SOPClassUID'))
     if modality != 'MG': raise DicomError(where, tag_name('Modality'), modality, 'MG (mammography)')
     if uid in _REFUSED: raise DicomError(where, tag_name('SOPClassUID'), _REFUSED[uid], 'a single mammogram')
-    if uid not in _ACCEPTED: raise DicomError(where, tag_name('SOPClassUID'), UID(uid).name, f'one of: {"; ".join(_ACCEPTED.values())}')
+    if uid not in _ACCEPTED: raise DicomError(where, tag_name('SOPClassUID'), uid_words(uid), f'one of: {"; ".join(_ACCEPTED.values())}')
     frames = value_of(ds, 'NumberOfFrames', where, int)
     if frames not in (None, 1): raise DicomError(where, tag_name('NumberOfFrames'), f'a multi-frame object of {frames} frames', '1 frame')
     samples, photometric = value_of(ds, 'SamplesPerPixel', where, int), value_of(ds, 'PhotometricInterpretation', where, str, required=True)
@@ -47,7 +46,7 @@ def check_kind(
     if photometric not in ('MONOCHROME1', 'MONOCHROME2'): raise DicomError(where, tag_name('PhotometricInterpretation'), photometric, 'MONOCHROME1 or MONOCHROME2')
     return _ACCEPTED[uid]
 
-# %% ../../nbs/data/01_dicom.ipynb #e70ce24f
+# %% ../../nbs/data/01_dicom.ipynb #5a2b88ee
 MAX_SIDE, MAX_PIXELS = 1 << 14, 1 << 27
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def geometry_of(
     "Rows, columns and bits, each within reason"
     def number(keyword, low, high, words):
         v = value_of(ds, keyword, where, int, required=True)
-        if isinstance(v, tuple) or not low <= v <= high: raise DicomError(where, tag_name(keyword), v, words)
+        if not low <= v <= high: raise DicomError(where, tag_name(keyword), v, words)
         return v
     rows, cols = (number(k, 1, MAX_SIDE, f'1 to {MAX_SIDE}') for k in ('Rows', 'Columns'))
     if rows*cols > MAX_PIXELS: raise DicomError(where, f'{tag_name("Rows")} x {tag_name("Columns")}', f'{rows} x {cols}', f'at most {MAX_PIXELS:,} pixels')
@@ -97,14 +96,13 @@ def stored_values(
     values >>= values.dtype.type(spare)
     return values, False
 
-# %% ../../nbs/data/01_dicom.ipynb #703955d7
+# %% ../../nbs/data/01_dicom.ipynb #584ecfd8
 def orientation_says(
     ds:Dataset, # elements of the file
     where:str|Path # the file, named in an error
 )->tuple: # (laterality or None, view or None)
     "Side and view as far as `PatientOrientation` tells them"
-    words = value_of(ds, 'PatientOrientation', where, str) or ()
-    words = [str(o).strip().upper() for o in (words if isinstance(words, tuple) else (words,))]
+    words = [o.strip().upper() for o in value_of(ds, 'PatientOrientation', where, str, many=True) or ()]
     named = [o for o in words if o in VIEWS + ('ML', 'LM', 'LMO', 'XCCL', 'XCCM')]
     if named: return None, named[0]
     if len(words) != 2 or words[0] not in ('A', 'P'): return None, None
@@ -172,7 +170,7 @@ def code_says(
             else: notes.append(f'{tag_name("ViewModifierCodeSequence")} has the code {code}, no modifier that we know'); modifiers.append('?')
     return projection, tuple(modifiers)
 
-# %% ../../nbs/data/01_dicom.ipynb #1566e977
+# %% ../../nbs/data/01_dicom.ipynb #abca12d0
 _PLAIN = {'XCC':'CC', 'XCCL':'CC', 'XCCM':'CC', 'FB':'CC', 'LMO':'MLO', 'SIO':'MLO', 'ISO':'MLO'}
 
 def view_of(
@@ -188,22 +186,22 @@ def view_of(
     projection = _first([('ViewPosition', label[0]), ('ViewCodeSequence', code[0])], 'view', notes)
     if projection is None and turned and not label[1]:
         projection = turned
-        if value_of(ds, 'PatientOrientation', where) not in (turned, (turned,)): notes.append('view only from the directions of PatientOrientation')
+        if value_of(ds, 'PatientOrientation', where, str, many=True) != (turned,): notes.append('view only from the directions of PatientOrientation')
     elif projection and turned and projection not in ('ML', 'LM') and _PLAIN.get(projection, projection) != turned:
         notes.append(f'PatientOrientation says view {turned}, other tags say {projection}: the latter is followed')
     modifiers = tuple(dict.fromkeys(label[1] + code[1]))
     factor = value_of(ds, 'EstimatedRadiographicMagnificationFactor', where, float)
-    if isinstance(factor, float) and factor > 1.3 and 'MAG' not in modifiers: modifiers += ('MAG',)
+    if factor and factor > 1.3 and 'MAG' not in modifiers: modifiers += ('MAG',)
     known = [o for o in ('MAG', 'SPOT', 'ID') + tuple(MODIFIER_CODES) if o in modifiers]
     for o in known: notes.append(f'{MODIFIER_CODES[o][2]} view' + (f' of {projection}' if projection else ''))
     return (known[0] if known else None if modifiers else projection), projection, modifiers
 
-# %% ../../nbs/data/01_dicom.ipynb #c1aea6c4
+# %% ../../nbs/data/01_dicom.ipynb #f7932fa9
 def _pair(ds, keyword, where, notes):
     "Row and column spacing in mm, `None` (and a note) if it cannot be true"
-    v = value_of(ds, keyword, where, float)
+    v = value_of(ds, keyword, where, float, many=True)
     if v is None: return None
-    if isinstance(v, tuple) and len(v) == 2 and all(np.isfinite(o) and 0 < o < 10 for o in v): return v
+    if len(v) == 2 and all(np.isfinite(o) and 0 < o < 10 for o in v): return v
     notes.append(f'{tag_name(keyword)} is {v}, not two lengths in mm: ignored')
 
 def spacing_of(
@@ -214,7 +212,7 @@ def spacing_of(
     "Pixel size in the breast as far as the tags tell it"
     body, imager, film = (_pair(ds, k, where, notes) for k in ('PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing'))
     kind, factor = value_of(ds, 'PixelSpacingCalibrationType', where, str), value_of(ds, 'EstimatedRadiographicMagnificationFactor', where, float)
-    if factor is not None and not (isinstance(factor, float) and np.isfinite(factor) and 1 <= factor < 10):
+    if factor is not None and not 1 <= factor < 10:
         notes.append(f'{tag_name("EstimatedRadiographicMagnificationFactor")} is {factor}, expected 1 to 10: ignored'); factor = None
     if body and kind in ('GEOMETRY', 'FIDUCIAL'): pair, source, plane = body, f'PixelSpacing ({kind})', 'body'
     elif imager and factor: pair, source, plane = tuple(o/factor for o in imager), 'ImagerPixelSpacing / EstimatedRadiographicMagnificationFactor', 'body'

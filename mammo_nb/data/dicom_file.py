@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SYNTAXES', 'VIEW_CODES', 'MODIFIER_CODES', 'HARMLESS_MODIFIERS', 'DicomError', 'tag_name', 'value_of', 'uid_for',
-           'code_item', 'write_mammogram', 'BoundedReader', 'DicomFile', 'inflate', 'open_dicom', 'fragments',
-           'pixel_bytes']
+           'uid_words', 'code_item', 'write_mammogram', 'BoundedReader', 'DicomFile', 'inflate', 'open_dicom',
+           'fragments', 'pixel_bytes']
 
-# %% ../../nbs/data/02_dicom_file.ipynb #465f74dd
+# %% ../../nbs/data/02_dicom_file.ipynb #e464ccce
 import hashlib, io, struct, warnings, zlib
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from pydicom.config import IGNORE
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.filereader import read_dataset
@@ -20,9 +21,15 @@ from pydicom.uid import UID
 from ..core.errors import InputError
 from ..core.vocabulary import VIEW_KEYS, parse_laterality, parse_view
 
-# %% ../../nbs/data/02_dicom_file.ipynb #4cc4686b
+# %% ../../nbs/data/02_dicom_file.ipynb #e391b7c8
 class DicomError(InputError):
     "A DICOM file that cannot be used: `where` is the file, `what` the tag or part of it"
+    def __init__(self,
+        where:str|Path, # the file
+        what:str, # the tag or part of it
+        found:object, # what is there; shown in at most 200 printable characters
+        expected:str # what would have been right
+    ): super().__init__(where, what, ''.join(c if c.isprintable() else '?' for c in str(found))[:200], expected)
 
 def tag_name(
     keyword:str # DICOM keyword such as `Rows`, or any other words for a part of the file
@@ -31,24 +38,29 @@ def tag_name(
     tag = tag_for_keyword(keyword)
     return keyword if tag is None else f'{keyword} ({tag>>16:04X},{tag&0xFFFF:04X})'
 
-# %% ../../nbs/data/02_dicom_file.ipynb #01a23fcf
+# %% ../../nbs/data/02_dicom_file.ipynb #9334b3e8
 def value_of(
     ds:Dataset, # the data set, pydicom
     keyword:str, # DICOM keyword, `Rows`
     where:str|Path, # the file, named in an error
-    cast:type|None=None, # `int`, `float` or `str`: what each value must be; `None`: leave as it is
-    required:bool=False # an absent or empty element is an error
-): # the value, a tuple if there are several, `None` if absent or empty
-    "The value of one element as plain Python, or a `DicomError` that names its tag"
+    cast:type|None=None, # `int`, `float` or `str`: what a value must be; `None`: as pydicom has it
+    required:bool=False, # an absent or empty element is an error
+    many:bool=False # several values are allowed: always a tuple
+): # the value, `None` if absent or empty; without `cast` a tuple if there are several
+    "The value of one element, or a `DicomError` that names its tag"
+    kind = {int:'a whole number', float:'a number', str:'text'}.get(cast, 'a value')
     try:
-        v = ds.get(keyword)
-        many = not isinstance(v, (str, bytes)) and hasattr(v, '__len__') and not isinstance(v, Sequence)
-        v = None if v is None or (hasattr(v, '__len__') and len(v) == 0) else tuple(v) if many else v
-        if v is not None and cast: v = tuple(cast(o) for o in v) if many else cast(v)
-    except Exception as e:
-        raise DicomError(where, tag_name(keyword), f'a value that cannot be read ({type(e).__name__})', f'{cast.__name__ if cast else "a legal"} value') from e
-    if v is None and required: raise DicomError(where, tag_name(keyword), 'nothing', f'{cast.__name__ if cast else "a"} value')
-    return v
+        with warnings.catch_warnings():   # pydicom's warnings quote values, and a value may be a name
+            warnings.simplefilter('ignore')
+            v = ds.get(keyword)
+            if not isinstance(v, (str, bytes, Sequence)) and hasattr(v, '__len__'): v = tuple(v)
+            v = None if v is None or (hasattr(v, '__len__') and len(v) == 0) else v
+            if v is not None and cast: v = tuple(cast(o) for o in (v if isinstance(v, tuple) else (v,)))
+    except Exception as e: raise DicomError(where, tag_name(keyword), f'a value that cannot be read ({type(e).__name__})', kind) from e
+    if v is None and required: raise DicomError(where, tag_name(keyword), 'nothing', kind)
+    if v is None or many or not cast: return v
+    if len(v) > 1: raise DicomError(where, tag_name(keyword), f'{len(v)} values', 'one value')
+    return v[0]
 
 # %% ../../nbs/data/02_dicom_file.ipynb #42903d28
 SYNTAXES = {'1.2.840.10008.1.2':      ('Implicit VR Little Endian', 'native'),
@@ -83,7 +95,7 @@ MODIFIER_CODES = {'CV':('399161006', 'R-102D2', 'cleavage'), 'AT':('399011000', 
 HARMLESS_MODIFIERS = {'442581004':'nipple in profile', 'R-40AB3':'nipple in profile', '441752004':'anterior compression', 'P2-00161':'anterior compression',
                       '442593008':'infra-mammary fold', 'R-40ABE':'infra-mammary fold', '442580003':'axillary tissue', 'R-40AB2':'axillary tissue'}
 
-# %% ../../nbs/data/02_dicom_file.ipynb #1c73eee7
+# %% ../../nbs/data/02_dicom_file.ipynb #89aee221
 def uid_for(
     *words:object # what the identifier is for: `('study', patient_id, exam_id)`
 )->str: # a DICOM UID of at most 44 characters, a function of the words alone
@@ -91,6 +103,12 @@ def uid_for(
     h = bytearray(hashlib.sha256('\x1f'.join(map(str, words)).encode()).digest()[:16])
     h[6], h[8] = h[6] & 0x0F | 0x80, h[8] & 0x3F | 0x80   # a version 8 (custom) UUID
     return f'2.25.{int.from_bytes(h, "big")}'
+
+def uid_words(
+    uid:str # any text, also one that is no UID
+)->str: # the name that the standard gives it, or the text itself
+    "The name of a UID, without a warning about one that is none"
+    return UID(uid, IGNORE).name
 
 def code_item(
     value:str, # code value, `399162004`
@@ -213,13 +231,13 @@ def _file_bytes(ds, pixels, syntax, path):
     out.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
-# %% ../../nbs/data/02_dicom_file.ipynb #19be1f55
+# %% ../../nbs/data/02_dicom_file.ipynb #d159909f
 class BoundedReader(io.BufferedReader):
     "A file opened for reading that never asks for more bytes than it has left"
     def __init__(self,
         path:str|Path # an existing file
     ):
-        super().__init__(io.FileIO(path))
+        super().__init__(io.FileIO(str(path)))
         self.size = self.seek(0, io.SEEK_END)
         self.seek(0)
 
@@ -260,7 +278,7 @@ def inflate(
         try: return zlib.decompressobj(-zlib.MAX_WBITS).decompress(f.read(), limit)
         except zlib.error as e: raise DicomError(path, 'deflated data set', str(e), 'a complete deflate stream') from e
 
-# %% ../../nbs/data/02_dicom_file.ipynb #5b4cda35
+# %% ../../nbs/data/02_dicom_file.ipynb #79d05a40
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 
 def _elements(path, stream, implicit, little, stop, what):
@@ -275,7 +293,7 @@ def _syntax(path, meta):
     "The transfer syntax, if it is one of ours"
     uid = value_of(meta, 'TransferSyntaxUID', path, str, required=True)
     if uid not in SYNTAXES:
-        raise DicomError(path, tag_name('TransferSyntaxUID'), f'{uid} ({UID(uid).name})', f'one of {", ".join(n for n,_ in SYNTAXES.values())}')
+        raise DicomError(path, tag_name('TransferSyntaxUID'), f'{uid} ({uid_words(uid)})', f'one of {", ".join(n for n,_ in SYNTAXES.values())}')
     return uid
 
 # %% ../../nbs/data/02_dicom_file.ipynb #a5108c4a

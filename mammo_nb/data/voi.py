@@ -40,17 +40,16 @@ class Window:
         if self.function == 'SIGMOID' or self.width <= 1: return None
         return 1/(self.width-1), .5 - (self.center-.5)/(self.width-1)
 
-# %% ../../nbs/data/04_voi.ipynb #e78620c2
+# %% ../../nbs/data/04_voi.ipynb #b40fb814
 def windows_of(
     ds:Dataset, # elements of the file
     where:str|Path # the file, named in an error
 )->list: # `Window`s in the order of the file, empty if it has none
     "The windows of a file, each checked"
     if 'WindowCenter' not in ds and 'WindowWidth' not in ds: return []
-    many = lambda v: v if isinstance(v, tuple) else (v,)
-    c, w = (many(value_of(ds, k, where, float, required=True)) for k in ('WindowCenter', 'WindowWidth'))
+    c, w = (value_of(ds, k, where, float, required=True, many=True) for k in ('WindowCenter', 'WindowWidth'))
     function = (value_of(ds, 'VOILUTFunction', where, str) or 'LINEAR').upper()
-    names = many(value_of(ds, 'WindowCenterWidthExplanation', where, str) or '')
+    names = value_of(ds, 'WindowCenterWidthExplanation', where, str, many=True) or ()
     if len(c) != len(w): raise DicomError(where, tag_name('WindowWidth'), f'{len(w)} values', f'{len(c)}, as many as {tag_name("WindowCenter")}')
     if function not in FUNCTIONS: raise DicomError(where, tag_name('VOILUTFunction'), function, f'one of {", ".join(FUNCTIONS)}')
     least = 1 if function == 'LINEAR' else 0
@@ -60,7 +59,7 @@ def windows_of(
         if not (np.isfinite(o) and o >= least and o > 0): raise DicomError(where, tag_name('WindowWidth'), o, f'a finite number, {"at least 1" if least else "above 0"} for {function}')
     return [Window(a, b, function, names[i] if i < len(names) else '') for i,(a,b) in enumerate(zip(c, w))]
 
-# %% ../../nbs/data/04_voi.ipynb #38171dea
+# %% ../../nbs/data/04_voi.ipynb #2295a650
 @dataclass(frozen=True)
 class Lut:
     "A table from whole numbers to numbers"
@@ -85,14 +84,16 @@ def lut_of(
     where:str|Path # the file, named in an error
 )->Lut: # the table, checked
     "The table of one item of a LUT sequence"
-    d, name = value_of(item, 'LUTDescriptor', where, int), f'{tag_name(keyword)} {tag_name("LUTDescriptor")}'
-    if d is None or not isinstance(d, tuple) or len(d) != 3: raise DicomError(where, name, d, 'three numbers: entries, first input, bits')
+    d, name = value_of(item, 'LUTDescriptor', where, int, many=True), f'{tag_name(keyword)} {tag_name("LUTDescriptor")}'
+    if d is None or len(d) != 3: raise DicomError(where, name, d, 'three numbers: entries, first input, bits')
     n, first, bits = d[0] & 0xFFFF or 65536, d[1], d[2]
     first = first - 65536 if signed and first > 32767 else first + 65536 if not signed and first < 0 else first
     if not 1 <= bits <= 16: raise DicomError(where, name, f'{bits} bits', '1 to 16 bits')
-    data = item.get('LUTData')
-    if isinstance(data, bytes): values = np.frombuffer(data, np.uint8 if len(data) in (n, n + n%2) and bits <= 8 else '<u2')[:n] if len(data) >= n else np.zeros(0, np.uint16)
-    else: values = np.atleast_1d(np.array(value_of(item, 'LUTData', where, int) or (), np.int64)).astype(np.uint16)
+    data = value_of(item, 'LUTData', where)
+    if isinstance(data, bytes):
+        wide = '>u2' if item.original_encoding[1] is False else '<u2'
+        values = np.frombuffer(data[:len(data)//2*2], np.uint8 if bits <= 8 and len(data) in (n, n + n%2) else wide)[:n].astype(np.uint16)
+    else: values = np.array(value_of(item, 'LUTData', where, int, many=True) or (), np.int64).astype(np.uint16)
     if len(values) != n: raise DicomError(where, f'{tag_name(keyword)} {tag_name("LUTData")}', f'{len(values):,} entries', f'{n:,}, as {tag_name("LUTDescriptor")} says')
     return Lut(first, values, bits, value_of(item, 'LUTExplanation', where, str) or '')
 
@@ -202,13 +203,13 @@ def to_unit(self:Transfer,
     if x.dtype.kind in 'ui': return grey[x if lo == 0 else x.astype(np.int32)-lo]
     return np.interp(x, np.arange(lo, hi+1), grey).astype(np.float32)
 
-# %% ../../nbs/data/04_voi.ipynb #c6ab57b4
+# %% ../../nbs/data/04_voi.ipynb #fe64ebc0
 def _modality(ds, signed, where, notes):
     "Slope, intercept and table of the modality step"
     slope, intercept = (value_of(ds, k, where, float) for k in ('RescaleSlope', 'RescaleIntercept'))
     for k,v in (('RescaleSlope', slope), ('RescaleIntercept', intercept)):
-        if v is not None and (isinstance(v, tuple) or not np.isfinite(v) or (k == 'RescaleSlope' and v == 0)):
-            raise DicomError(where, tag_name(k), v, 'one finite number' + (', not 0' if k == 'RescaleSlope' else ''))
+        if v is not None and (not np.isfinite(v) or (k == 'RescaleSlope' and v == 0)):
+            raise DicomError(where, tag_name(k), v, 'a finite number' + (', not 0' if k == 'RescaleSlope' else ''))
     items = value_of(ds, 'ModalityLUTSequence', where)
     table = lut_of(items[0], signed, 'ModalityLUTSequence', where) if items else None
     if table is not None and slope is not None: notes.append('both a modality LUT and a rescale slope: the LUT is used (PS3.3 C.11.1)')
@@ -217,7 +218,6 @@ def _modality(ds, signed, where, notes):
 def _padding(ds, signed, bits, where):
     "Smallest and largest padding value, in the sense of the pixels"
     values = [value_of(ds, k, where, int) for k in ('PixelPaddingValue', 'PixelPaddingRangeLimit')]
-    if any(isinstance(v, tuple) for v in values): raise DicomError(where, tag_name('PixelPaddingValue'), values, 'one number')
     values = [v for v in values if v is not None]
     if values and signed: values = [((v & ((1 << bits)-1)) ^ (1 << bits-1)) - (1 << bits-1) for v in values]
     return (min(values), max(values)) if values else None
