@@ -119,6 +119,7 @@ def clean_outputs(rel, cells):
         if o.get('execution_count') is not None: yield f'cell {i}: an execution count is stored'
         if m := MACHINE_PATH.search(o.get('name') and text or re.sub(r'<[^>]*>', ' ', text)): yield f'cell {i}: shows a path of a machine, {m[0][:40]}'
         if re.search(r'\bat 0x[0-9a-f]{6,}', text): yield f'cell {i}: shows the address of an object'
+        if any('widget' in k for k in o.get('data', {})): yield f'cell {i}: shows a widget, which is empty without a kernel'
         if re.search(r'\d(?:it/s|s/it)\b|\d+%\|', text) or '\r' in text.replace('\r\n', ''): yield f'cell {i}: shows a progress bar'
 
 def small_outputs(rel, cells):

@@ -58,6 +58,7 @@ BAD = [
     ('clean_outputs', good(outs=[dict(output_type='error', ename='E', evalue='', traceback=[])])),
     ('clean_outputs', good(outs=stream('a warning', 'stderr'))), ('clean_outputs', good(outs=stream('/srv/data/exam/x.dcm'))),
     ('clean_outputs', good(outs=stream('<function f at 0x7f113a0c0400>'))), ('clean_outputs', good(outs=stream(' 50%|#####  | 1/2 [00:01, 1.0it/s]'))),
+    ('clean_outputs', good(outs=[dict(output_type='display_data', metadata={}, data={'application/vnd.jupyter.widget-view+json': {}})])),
     ('small_outputs', good(outs=figure(100_000))), ('small_outputs', good(outs=stream('x'*500_000))),
     ('tells_and_shows', good(c2=('markdown', 'few words'))), ('tells_and_shows', good(c6=('code', '1'))),
     ('tells_and_shows', good(outs=stream('no figure'))), ('tells_and_shows', good(outs=[])),
