@@ -16,6 +16,7 @@ def files(root=ROOT):
 
 def copy_tree(target, root=ROOT):
     "The project as it stands on the disk, as a repository of its own with one commit"
+    target.mkdir(parents=True, exist_ok=True)
     for name in files(root):
         (target/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(Path(root)/name, target/name, follow_symlinks=False)

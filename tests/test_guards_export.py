@@ -25,6 +25,18 @@ def test_an_edited_module_is_seen(tree, tmp_path):
     git('-c', 'user.name=guard', '-c', 'user.email=guard@localhost', 'commit', '-q', '-m', 'edited by hand', cwd=tree)
     assert ' M mammo_nb/core/errors.py' in clean_and_export(tree, tmp_path/'home')
 
+def test_an_edited_module_can_be_carried_back(tmp_path):
+    "What CONTRIBUTING.md says under 'I edited the .py, now what'"
+    tree = copy_tree(tmp_path/'copy')
+    p = tree/'mammo_nb/core/errors.py'
+    p.write_text(p.read_text().replace('found {self.found}', 'got {self.found}'))
+    (tmp_path/'home').mkdir()
+    r = nbdev('nbdev_update', cwd=tree, home=tmp_path/'home')
+    assert r.returncode == 0, r.stderr
+    assert 'got {self.found}' in (tree/'nbs/core/01_errors.ipynb').read_text()
+    changed = {l[3:] for l in clean_and_export(tree, tmp_path/'home')}
+    assert 'mammo_nb/core/errors.py' in changed and 'got {self.found}' in p.read_text()
+
 def test_the_modules_on_disk_are_the_notebooks():
     from repo import module_of, notebooks, read
     wanted = {'mammo_nb/' + m.replace('.', '/') + '.py' for m in map(module_of, map(read, notebooks())) if m}
