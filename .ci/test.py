@@ -11,7 +11,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
-SLOW, LIMIT = 60, 300  # seconds: a notebook over the first is named at the end, one over the second is stopped
+SLOW, LIMIT, PYTEST_LIMIT = 60, 300, 2400  # seconds: a notebook over the first is named at the end, one over the second is stopped
 
 def environment():
     "The same for everyone: one thread a process, no network (.ci/offline), a fixed hash seed"
@@ -71,9 +71,11 @@ def run_pytest(files):
     "pytest in one process; `(passed, failed, skipped)` from its own report"
     with tempfile.TemporaryDirectory() as d:
         report = Path(d)/'report.xml'
-        cmd = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--durations=5', f'--junitxml={report}', f'--basetemp={d}/tmp',
+        cmd = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--durations=8', '-o', 'faulthandler_timeout=600', f'--junitxml={report}', f'--basetemp={d}/tmp',
                '-o', 'junit_family=xunit1', *map(str, files)]
-        rc = subprocess.call(cmd, cwd=ROOT, env={**environment(), 'MPLBACKEND': 'Agg'}, stdin=subprocess.DEVNULL)
+        proc = subprocess.Popen(cmd, cwd=ROOT, env={**environment(), 'MPLBACKEND': 'Agg'}, stdin=subprocess.DEVNULL, start_new_session=True)
+        try: rc = proc.wait(PYTEST_LIMIT)
+        except subprocess.TimeoutExpired: os.killpg(proc.pid, 9); return 0, [f'pytest was stopped after {PYTEST_LIMIT} s'], 0
         if not report.exists(): return 0, [f'pytest ended with status {rc} and no report'], 0
         cases = list(ET.parse(report).getroot().iter('testcase'))
     bad = [c for c in cases if c.find('failure') is not None or c.find('error') is not None]
