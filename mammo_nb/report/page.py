@@ -33,7 +33,7 @@ def text_html(
         else: out.append(f'<p>{_inline(" ".join(lines))}</p>')
     return '\n'.join(out)
 
-# %% ../../nbs/report/01_page.ipynb #832ffbc2
+# %% ../../nbs/report/01_page.ipynb #c5836cc3
 def figure_uri(
     fig, # a matplotlib figure, closed afterwards
     fmt:str='png', # `png` or `svg`
@@ -44,7 +44,7 @@ def figure_uri(
     check_in(fmt, ('png', 'svg'), 'figure_uri', 'fmt')
     buf = io.BytesIO()
     with plt.rc_context({'svg.hashsalt': 'mammo_nb'}):  # the same figure, the same bytes
-        fig.savefig(buf, format=fmt, dpi=dpi, bbox_inches='tight', facecolor='white', metadata={'Date': None} if fmt == 'svg' else {'Software': None})
+        fig.savefig(buf, format=fmt, dpi=dpi, bbox_inches='tight', facecolor=fig.get_facecolor(), metadata={'Date': None} if fmt == 'svg' else {'Software': None})
     if close: plt.close(fig)
     data = buf.getvalue()
     if fmt == 'png':
