@@ -130,19 +130,21 @@ def page_html(
 <main>{body}</main><footer>{text_html(footer) if footer else ''}</footer></body></html>
 '''
 
-# %% ../../nbs/report/01_page.ipynb #c039540c
+# %% ../../nbs/report/01_page.ipynb #d119f9d7
 class _Resources(HTMLParser):
-    def __init__(self): super().__init__(); self.found = []
+    def __init__(self): super().__init__(); self.found, self.inside = [], None
+    def handle_endtag(self, tag): self.inside = None
     def handle_starttag(self, tag, attrs):
+        self.inside = tag
         for k, v in attrs:
             v = v or ''
             if k in ('src', 'srcset', 'data', 'poster', 'background') or (k == 'href' and tag != 'a'):
                 if not v.startswith('data:'): self.found.append(f'<{tag} {k}={v[:80]}>')
-            if 'url(' in v: self.found.append(f'<{tag} {k}={v[:80]}>')
+            if k in ('style', 'fill', 'stroke', 'filter', 'mask', 'clip-path', 'cursor') and 'url(' in v: self.found.append(f'<{tag} {k}={v[:80]}>')
             if k.startswith('on'): self.found.append(f'<{tag} {k}>')
         if tag in ('script', 'iframe', 'object', 'embed', 'base'): self.found.append(f'<{tag}>')
     def handle_data(self, data):
-        if self.lasttag == 'style' and re.search(r'url\(|@import', data): self.found.append('style: url or @import')
+        if self.inside == 'style' and re.search(r'url\(|@import', data): self.found.append('style: url or @import')
 
 def external_resources(
     document:str # an HTML document

@@ -80,7 +80,7 @@ class Monitor:
     @property
     def peak_gib(self): return self.peak/2**30
 
-# %% ../../nbs/report/03_stages.ipynb #343edd68
+# %% ../../nbs/report/03_stages.ipynb #c86d8dd4
 def _checksum(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:32]
 
@@ -110,6 +110,7 @@ class Stages:
         if not path.is_dir(): return 'not there'
         try: stamp = json.loads((path/'stage.json').read_text())
         except (OSError, ValueError) as e: return f'its stamp cannot be read ({type(e).__name__})'
+        if not isinstance(stamp, dict) or not isinstance(stamp.get('files'), dict): return 'its stamp makes no sense'
         if stamp.get('key') != key: return 'made for something else'
         now = _files(path)
         bad = sorted(k for k in {*now, *stamp['files']} if now.get(k) != stamp['files'].get(k))
