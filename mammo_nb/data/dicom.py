@@ -7,13 +7,13 @@ __all__ = ['MAX_SIDE', 'MAX_PIXELS', 'TAGS', 'IDENTITY', 'check_kind', 'Geometry
            'orientation_says', 'laterality_of', 'parse_label', 'code_says', 'view_of', 'spacing_of', 'leave', 'Header',
            'read_header', 'StoredImage', 'read_stored', 'Mammogram', 'read_mammogram']
 
-# %% ../../nbs/data/01_dicom.ipynb #43b425f4
-from dataclasses import dataclass, field, replace
+# %% ../../nbs/data/01_dicom.ipynb #237579d8
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 import re
 import numpy as np
-from fastcore.basics import patch
 from pydicom.dataset import Dataset
 from ..core.errors import InputError, check_in
 from ..core.vocabulary import OTHER_VIEWS, VIEWS, parse_laterality
@@ -224,7 +224,7 @@ def spacing_of(
     if abs(pair[0]/pair[1]-1) > .01: notes.append(f'pixels are not square: {pair[0]:.4g} x {pair[1]:.4g} mm; their geometric mean is given')
     return (pair[0] if pair[0] == pair[1] else float(np.sqrt(pair[0]*pair[1]))), source, plane
 
-# %% ../../nbs/data/01_dicom.ipynb #ab4dae61
+# %% ../../nbs/data/01_dicom.ipynb #046f8f00
 TAGS = ('Modality', 'ImageType', 'PresentationIntentType', 'Manufacturer', 'ManufacturerModelName', 'ConversionType', 'BodyPartExamined',
         'ImageLaterality', 'Laterality', 'ViewPosition', 'PatientOrientation', 'BreastImplantPresent', 'PartialView', 'PaddleDescription',
         'Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PhotometricInterpretation', 'PresentationLUTShape',
@@ -240,7 +240,7 @@ IDENTITY = ('PatientID', 'PatientAge', 'StudyInstanceUID', 'SeriesInstanceUID', 
 def _plain(v):
     "A pydicom value as plain Python"
     if isinstance(v, tuple): return tuple(_plain(o) for o in v)
-    return v if isinstance(v, str) and type(v) is str else int(v) if isinstance(v, int) else float(v) if isinstance(v, float) or hasattr(v, 'as_tuple') else str(v)
+    return int(v) if isinstance(v, int) else float(v) if isinstance(v, (float, Decimal)) else str(v)
 
 def leave(
     ds:Dataset, # elements of the file
@@ -284,16 +284,23 @@ class Header:
     @property
     def columns(self): return self.geometry.columns
 
-# %% ../../nbs/data/01_dicom.ipynb #02be88d5
-def _remarks(ds, tags, intent, notes):
-    "Notes on what kind of picture this is"
+# %% ../../nbs/data/01_dicom.ipynb #d5251900
+def _intent(kind, tags, notes):
+    "`FOR PRESENTATION` or `FOR PROCESSING`, from the tag or else from the SOP class"
+    said, meant = tags.get('PresentationIntentType'), f'FOR {kind.split()[-1].upper()}' if ', for ' in kind else None
+    if said and meant and said != meant: notes.append(f'PresentationIntentType says {said}, the SOP class says {meant}: the former is followed')
+    intent = said or meant
     if intent == 'FOR PROCESSING': notes.append('for processing: raw detector data, not made for display')
+    return intent
+
+def _remarks(tags, notes):
+    "Notes on what kind of picture this is"
     if tags.get('BreastImplantPresent') == 'YES': notes.append('implant present')
     if tags.get('PartialView') == 'YES': notes.append('partial view: not the whole breast')
     if tags.get('LossyImageCompression') == '01': notes.append('was lossy compressed')
     if tags.get('BurnedInAnnotation') == 'YES': notes.append('text is burnt into the picture')
     kinds = tags.get('ImageType', ())
-    if any('2D' in str(o) or 'TOMO' in str(o) for o in (kinds if isinstance(kinds, tuple) else (kinds,))): notes.append('synthetic: computed from tomosynthesis')
+    if any('2D' in o or 'TOMO' in o for o in (kinds if isinstance(kinds, tuple) else (kinds,))): notes.append('synthetic: computed from tomosynthesis')
 
 def _header(file, keep, window):
     "(Header, Transfer) of an open file; everything but the pixels is checked"
@@ -303,8 +310,8 @@ def _header(file, keep, window):
     laterality, (view, projection, modifiers) = laterality_of(ds, path, notes), view_of(ds, path, notes)
     spacing, source, plane = spacing_of(ds, path, notes)
     tags = leave(ds, TAGS, path, notes)
-    intent = tags.get('PresentationIntentType') or {'on':'FOR PRESENTATION', 'ng':'FOR PROCESSING'}.get(kind[-2:])
-    _remarks(ds, tags, intent, notes)
+    intent = _intent(kind, tags, notes)
+    _remarks(tags, notes)
     for name,v in (('laterality', laterality), ('view', view)):
         if v is None: notes.append(f'no tag says the {name}')
     return Header(laterality, view, projection, modifiers, spacing, source, plane, geometry, intent, kind, SYNTAXES[file.syntax][0], tags,

@@ -185,7 +185,7 @@ def line(self:Transfer,
     black = self.padding is None or max(a*o + b for o in self.padding) <= 0
     return (a, b) if black else None
 
-# %% ../../nbs/data/04_voi.ipynb #2c63dcf9
+# %% ../../nbs/data/04_voi.ipynb #52c28698
 @patch
 def to_unit(self:Transfer,
     x:np.ndarray, # stored values, integers or floats, any shape
@@ -195,8 +195,8 @@ def to_unit(self:Transfer,
     check_in(preset, PRESETS[1:], 'Transfer', 'preset')
     x, ab = np.asarray(x), self.line(preset)
     if ab is not None:
-        out = np.multiply(x, np.float32(ab[0]), dtype=np.float32)
-        out += np.float32(ab[1])
+        out = np.subtract(x, np.float32(-ab[1]/ab[0]), dtype=np.float32)   # in this order black is exactly 0
+        out *= np.float32(ab[0])
         return np.clip(out, 0, 1, out=out)
     lo, hi = self.stored
     grey = self.exact(np.arange(lo, hi+1), preset).astype(np.float32)
