@@ -71,7 +71,7 @@ def run_pytest(files):
     "pytest in one process; `(passed, failed, skipped)` from its own report"
     with tempfile.TemporaryDirectory() as d:
         report = Path(d)/'report.xml'
-        cmd = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--durations=8', '-o', 'faulthandler_timeout=600', f'--junitxml={report}', f'--basetemp={d}/tmp',
+        cmd = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--continue-on-collection-errors', '--durations=8', '-o', 'faulthandler_timeout=600', f'--junitxml={report}', f'--basetemp={d}/tmp',
                '-o', 'junit_family=xunit1', *map(str, files)]
         proc = subprocess.Popen(cmd, cwd=ROOT, env={**environment(), 'MPLBACKEND': 'Agg'}, stdin=subprocess.DEVNULL, start_new_session=True)
         try: rc = proc.wait(PYTEST_LIMIT)
