@@ -205,20 +205,22 @@ def file(self:Cohort,
     if not full.is_relative_to(root) or full == root: raise InputError('Cohort.file', 'path', repr(rel), 'a file below the root of the cohort')
     return root/PurePosixPath(rel)
 
-# %% ../../nbs/data/05_cohort.ipynb #9751920f
+# %% ../../nbs/data/05_cohort.ipynb #223844d8
 @patch
 def write(self:Cohort,
     folder:str|Path # where to; made if it is not there
 )->Path: # the folder
-    "Write `images.parquet`, `findings.parquet` and `cohort.json`; each file appears whole or not at all"
+    "Write `images.parquet`, `findings.parquet` and `cohort.json`; all are complete before the first takes its place"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     here, root = folder.resolve(), self.root.resolve()
     said = os.path.relpath(root, here) if here.is_relative_to(root) else root
-    def put(name, save):
-        part = folder/f'.{name}.{os.getpid()}'
-        save(part); os.replace(part, folder/name)
-    for name in _TABLES: put(f'{name}.parquet', getattr(self, name).to_parquet)
-    put('cohort.json', lambda p: p.write_text(json.dumps(dict(format=1, root=Path(said).as_posix()))))
+    parts = {n: folder/f'.{n}.{os.getpid()}' for n in ('findings.parquet', 'images.parquet', 'cohort.json')}
+    try:
+        for name in _TABLES: getattr(self, name).to_parquet(parts[f'{name}.parquet'])
+        parts['cohort.json'].write_text(json.dumps(dict(format=1, root=Path(said).as_posix())))
+        for name, part in parts.items(): os.replace(part, folder/name)
+    finally:
+        for part in parts.values(): part.unlink(missing_ok=True)
     return folder
 
 @patch(cls_method=True)

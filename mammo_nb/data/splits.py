@@ -120,7 +120,7 @@ def carve_valid(
     held = set(part.images.patient_id[part.images.split == 'valid'])
     return Cohort(cohort.images.assign(split=cohort.images.split.mask(cohort.images.patient_id.isin(held), 'valid')), cohort.findings, cohort.root)
 
-# %% ../../nbs/data/10_splits.ipynb #4ab022d3
+# %% ../../nbs/data/10_splits.ipynb #649541db
 def split_hash(
     patients # patient_id -> split, or a `Cohort`
 )->str: # 64 hexadecimal digits, independent of the order
@@ -149,8 +149,8 @@ def read_split(
 )->pd.Series: # patient_id -> split, for `assign_split`
     "Read who is where; a file that does not match its hash is refused"
     path = Path(path)
-    try: d = json.loads(path.read_text(encoding='utf-8')); who, said = d['patients'], d['sha256']
-    except (OSError, ValueError, KeyError, TypeError) as e: raise InputError(path, 'split file', f'{type(e).__name__}: {e}', 'a file made by write_split') from e
+    try: d = json.loads(path.read_text(encoding='utf-8')); who, said = dict(d['patients'].items()), d['sha256']
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e: raise InputError(path, 'split file', f'{type(e).__name__}: {e}', 'a file made by write_split') from e
     for p, s in who.items(): check_in(s, SPLITS, path, f'split of {p}')
     if split_hash(who) != said: raise InputError(path, 'sha256', str(said)[:12], f'{split_hash(who)[:12]}, the hash of its patients: the file was changed after it was written')
     return pd.Series(who, dtype='str', name='split').rename_axis('patient_id')
