@@ -36,6 +36,24 @@ def peak_gib():
     unit = 2**30 if sys.platform == 'darwin' else 2**20
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))/unit
 
+class Load:
+    "How much of a core other programs took inside `with`: `others`, a number of cores (0 where the system does not tell)"
+    def __enter__(self):
+        self.before = self._look()
+        return self
+
+    def __exit__(self, *exc):
+        (t0, all0, own0), (t1, all1, own1) = self.before, self._look()
+        self.seconds = t1-t0
+        self.others = max(0., (all1-all0) - (own1-own0))/self.seconds
+
+    def _look(self):
+        import psutil
+        me, c = psutil.Process(), psutil.cpu_times()
+        family = [me, *me.children(recursive=True)]
+        own = sum(sum(p.cpu_times()[:4] if p is me else p.cpu_times()[:2]) for p in family)
+        return time.perf_counter(), c.user + c.system + getattr(c, 'nice', 0) + getattr(c, 'irq', 0) + getattr(c, 'softirq', 0), own
+
 class Bench:
     "The rows of one run of a benchmark"
     def __init__(self, name, data_seed, config, cost, train_seeds=(), gpu=None, results=RESULTS):

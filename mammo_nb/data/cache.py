@@ -288,7 +288,7 @@ class PreparedCohort:
         f = self.cohort.findings
         return self.load(image_id).boxes(f.loc[f.image_id == image_id, ['xmin', 'ymin', 'xmax', 'ymax']].to_numpy(float))
 
-# %% ../../nbs/data/16_cache.ipynb #f3590fba
+# %% ../../nbs/data/16_cache.ipynb #775d679c
 def _sources(cohort):
     "[(image_id, path, laterality)] and the failures of paths that cannot be"
     jobs, failures = [], {}
@@ -296,6 +296,8 @@ def _sources(cohort):
         try: jobs.append((o.image_id, str(cohort.file(o.image_id)), o.laterality))
         except InputError as e: failures[o.image_id] = (o.path, e.what, str(e.found), e.expected)
     return jobs, failures
+
+def _size(path): return os.path.getsize(path) if os.path.exists(path) else 0
 
 def prepare_cohort(
     cohort, # a `Cohort`
@@ -314,6 +316,7 @@ def prepare_cohort(
         try: keys[name] = cache.find(path, side, config)[0]
         except OSError: keys[name] = None
         if keys[name] is None: todo.append((i, str(cache.folder), path, side, config))
+    todo.sort(key=lambda job: -_size(job[2]))  # the longest first: nobody waits for a late long one
     made = 0
     for i, (key, new, failure) in _run(todo, workers or _cores(), progress, len(sources)):
         name, path, _ = sources[i]
@@ -322,4 +325,5 @@ def prepare_cohort(
     order = [o for o in cohort.images.image_id if o in failures]
     table = pd.DataFrame([(o, *failures[o]) for o in order], columns=['image_id', 'path', 'what', 'found', 'expected'], dtype=str)
     good = {o: keys[o] for o in cohort.images.image_id if o not in failures}
-    return PreparedCohort(cohort.select(cohort.images.image_id.isin(list(good))), cache, config, good, table, made, len(good)-made)
+    kept = cohort.select(cohort.images.image_id.isin(list(good))) if failures else cohort
+    return PreparedCohort(kept, cache, config, good, table, made, len(good)-made)
