@@ -26,7 +26,7 @@ def make_encoder(
     if pretrained: raise InputError('make_encoder small', 'pretrained', repr(pretrained), "False, or an encoder of timm such as 'tf_efficientnet_lite0'")
     return SmallEncoder(stride=stride, **kwargs)
 
-# %% ../../nbs/models/05_two_view.ipynb #40facadf
+# %% ../../nbs/models/05_two_view.ipynb #f3554911
 class TwoViewNet(nn.Module):
     "Two views of one breast -> the logit of malignancy, fused and for each view, and their evidence maps"
     def __init__(self,
@@ -45,20 +45,18 @@ class TwoViewNet(nn.Module):
         self.encoder = make_encoder(backbone, stride, pretrained, **kwargs) if named else backbone
         self.config = dict(backbone=backbone, views=list(self.views), stride=stride, pool=pool, dropout=dropout, **kwargs) if named else None
         self.head = EvidencePool(self.encoder.channels, pool, dropout)
-        self.register_buffer('scale', torch.ones(())); self.register_buffer('shift', torch.zeros(()))
 
     @property
     def stride(self): return self.encoder.stride
 
-# %% ../../nbs/models/05_two_view.ipynb #0375df01
+# %% ../../nbs/models/05_two_view.ipynb #76759e6a
 @patch
 def encode(self:TwoViewNet,
     x:Tensor # pictures `[N,1,H,W]` in [0,1], any view
 )->tuple: # logit `[N]`, evidence map `[N,h,w]` with the logit as its sum
     "Logit and evidence of single pictures"
     f = self.encoder(x)
-    logit, m = self.head(f, F.adaptive_max_pool2d(x, f.shape[-2:])[:,0])
-    return self.scale*logit+self.shift, self.scale*m+self.shift/m[0].numel()
+    return self.head(f, F.adaptive_max_pool2d(x, f.shape[-2:])[:,0])
 
 @patch
 def forward(self:TwoViewNet,
