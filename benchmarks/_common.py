@@ -52,7 +52,7 @@ class Load:
         me, c = psutil.Process(), psutil.cpu_times()
         family = [me, *me.children(recursive=True)]
         own = sum(sum(p.cpu_times()[:4] if p is me else p.cpu_times()[:2]) for p in family)
-        return time.perf_counter(), c.user + c.system + getattr(c, 'nice', 0) + getattr(c, 'irq', 0) + getattr(c, 'softirq', 0), own
+        return time.perf_counter(), c.user + c.system + sum(getattr(c, k, 0) for k in ('nice', 'irq', 'softirq', 'steal')), own
 
 class Bench:
     "The rows of one run of a benchmark"
