@@ -196,7 +196,7 @@ class _Memory:
         pd.DataFrame.from_dict(dict(self.rows), orient='index').rename_axis('key').reset_index().to_parquet(part)
         os.replace(part, self.file); self.new = 0
 
-# %% ../../../nbs/data/datasets/01_cbis_ddsm.ipynb #aeb4da12
+# %% ../../../nbs/data/datasets/01_cbis_ddsm.ipynb #32261190
 _NO_PROBLEM = dict(kind='str', image_id='str', finding_id='str', found='str')
 
 def _pictures(t, index, root, note, progress):
@@ -223,14 +223,15 @@ def _masks(t, pictures, index, root, memory, note, progress, workers):
         if not files: return None, None, 'no file'
         try: return choose_mask(files, size[o.image_id], lambda p: _header(root/p)[0], memory)
         except DicomError as e: return None, None, e
-    todo, out = [o for o in t.itertuples() if o.image_id in size], {}
+    todo, out, pool = [o for o in t.itertuples() if o.image_id in size], {}, ThreadPoolExecutor(workers)
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            for n, (o, (path, box, why)) in enumerate(tqdm(zip(todo, pool.map(one, todo)), total=len(todo), desc='masks', disable=not progress)):
-                out[o.Index] = dict(zip(BOX, [np.nan]*4 if box is None else box), mask_path=path)
-                if why: note('bad file' if isinstance(why, DicomError) else 'mask' if box is not None else 'no mask', o.image_id, o.finding_id, str(why))
-                if n % 200 == 199: memory.save()
-    finally: memory.save()
+        for n, (o, (path, box, why)) in enumerate(tqdm(zip(todo, pool.map(one, todo)), total=len(todo), desc='masks', disable=not progress)):
+            out[o.Index] = dict(zip(BOX, [np.nan]*4 if box is None else box), mask_path=path)
+            if why: note('bad file' if isinstance(why, DicomError) else 'mask' if box is not None else 'no mask', o.image_id, o.finding_id, str(why))
+            if n % 200 == 199: memory.save()
+    finally:
+        pool.shutdown(cancel_futures=True) # Ctrl-C does not wait for masks that were not begun
+        memory.save()
     return pd.DataFrame.from_dict(out, orient='index', columns=[*BOX, 'mask_path'])
 
 # %% ../../../nbs/data/datasets/01_cbis_ddsm.ipynb #527cf958
