@@ -168,3 +168,24 @@ def test_show_exam_scales_and_hangs(tmp_path):
     axs = show_exam({'R-CC': left}, chest='stored'); assert axs[0, 0].images[0].get_array()[:, 0].max() > 0; plt.close('all')
     axs = show_exam({'R-CC': left}, boxes={'R-CC': [[0, 0, 10, 10]]}, chest='left'); assert axs[0, 0].patches[0].get_x() == 190; plt.close('all')
     axs = show_exam({}); assert all('missing' in a.texts[-1].get_text() for a in axs.ravel()); plt.close('all')
+
+
+def test_a_cohort_shows_dicom_and_png_files(tmp_path):
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    from mammo_nb.data.dicom_file import write_mammogram
+    x = np.zeros((100, 80), 'uint16'); x[20:80, :50] = 2000
+    im = images(4); im.loc[im.image_id == 'i1', 'path'] = 'p0/1.png'
+    c = Cohort(im, findings(2), tmp_path)
+    for o in c.images.itertuples():
+        p = c.file(o.image_id); p.parent.mkdir(exist_ok=True)
+        pixels = x if o.laterality == 'L' else x[:, ::-1]
+        if p.suffix == '.png': Image.fromarray(pixels).save(p)
+        else: write_mammogram(p, pixels, o.laterality, o.view, window=(1000, 2000))
+    axs = c.show_exam('e0')
+    assert [len(a.images) for a in axs.ravel()] == [1]*4 and [len(a.patches) for a in axs.ravel()] == [1, 1, 0, 0]
+    assert axs[0, 1].images[0].get_array().max() == pytest.approx(2000/65535) and axs[1, 1].images[0].get_array().max() == pytest.approx(1, abs=.01)
+    plt.close('all')
+    c.file('i0').unlink()
+    with pytest.raises(InputError, match='0.dcm'): c.show_exam('e0')
+    plt.close('all')

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'FINDING_COLUMNS', 'BOX', 'Column', 'Cohort', 'breasts', 'show_exam']
 
-# %% ../../nbs/data/05_cohort.ipynb #1ad51e57
+# %% ../../nbs/data/05_cohort.ipynb #1d859455
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path, PurePosixPath
 import json, os
 import matplotlib.pyplot as plt
@@ -17,6 +16,7 @@ import pandera.pandas as pa
 from fastcore.basics import patch
 from ..core.errors import InputError, check_in
 from ..core.vocabulary import LATERALITIES, VIEWS, DENSITIES, BIRADS, KINDS, PATHOLOGIES, HANGING, VIEW_KEYS
+from .dicom import read_mammogram
 
 # %% ../../nbs/data/05_cohort.ipynb #24905c15
 @dataclass(frozen=True)
@@ -406,10 +406,10 @@ def show_exam(
     if title: axs[0, 0].figure.suptitle(title, color='w' if axs[0, 0].figure.get_facecolor()[:3] == (0, 0, 0) else 'k', fontsize=10)
     return axs
 
-# %% ../../nbs/data/05_cohort.ipynb #0279200f
+# %% ../../nbs/data/05_cohort.ipynb #91cd001c
 def _read_pixels(path):
     "PNG and the like as floats in [0,1]; all else as DICOM"
-    return plt.imread(path) if path.suffix.lower() in ('.png', '.tif', '.tiff') else import_module('mammo_nb.data.dicom').read_mammogram(path).pixels
+    return plt.imread(path) if path.suffix.lower() in ('.png', '.tif', '.tiff') else read_mammogram(path).pixels
 
 @patch
 def show_exam(self:Cohort,
