@@ -115,7 +115,7 @@ def breast_mask(
     if part < .01 or x.max() <= x.min(): raise InputError(where, 'breast', f'{part:.1%} of the image', 'at least 1% of the image brighter than the air')
     return ndimage.binary_fill_holes(_cut_strips(_grow(core, x, t)))
 
-# %% ../../nbs/data/15_prepare.ipynb #482c6e2b
+# %% ../../nbs/data/15_prepare.ipynb #9ad704c0
 def _border(profile, step):
     "How many leading samples of a profile belong to a bright border"
     drops = np.flatnonzero(profile[:-step] > 1.1*np.maximum(profile[step:], 1e-6*profile.max()))
@@ -130,8 +130,8 @@ def film_border(
     unit=np.asarray # a function that makes stored values non-negative and dense tissue bright
 )->tuple: # `(top, bottom, left, right)`, stored pixels to leave out at each side
     "The bright line between the breast and the edge of the film"
-    step = max(1, round(max(pixels.shape)/700))
-    out = []
+    step, out = round(max(pixels.shape)/700), []
+    if max(pixels.shape) < 700: return 0, 0, 0, 0
     for p, m in ((pixels, mask), (pixels[::-1], mask[::-1]), (pixels.T, mask.T), (pixels.T[::-1], mask.T[::-1])):
         along = np.flatnonzero(m[:2].any(0))
         depth = round(.015*max(pixels.shape)) + step
