@@ -106,6 +106,20 @@ def test_digital_background_and_constant_fill():
     for bad in (np.full((300, 200), 9, np.uint16), np.zeros((300, 200), np.uint8), np.full((300, 200), np.nan)):
         with pytest.raises(InputError): prepare(bad, 'L')
 
+def test_insilico_masks(tmp_path):
+    "In-silico pictures, whose breast is known: the mask fits, lesions are in it, letters are not"
+    from mammo_nb.data.cache import prepare_cohort
+    from mammo_nb.data.insilico import insilico_cohort, parse_settings, truth, write_insilico
+    cohort = write_insilico(insilico_cohort(2, seed=11, exams=1), tmp_path/'d', workers=1, progress=False)
+    done, settings = prepare_cohort(cohort, tmp_path/'c', workers=1, progress=False), parse_settings(cohort.images.provenance[0])
+    assert len(done) == len(cohort.images) == 8
+    for o in cohort.images.itertuples():
+        p, y = done.load(o.image_id), truth(settings, o.patient_index, o.exam_index, o.laterality, o.view)
+        mask = p.back_mask(p.mask)
+        assert (mask & y.breast).sum()/(mask | y.breast).sum() > .97, o.image_id
+        assert p.scale == 1 and p.mirrored == (o.laterality == 'R') and abs(p.spacing_mm-o.pixel_spacing_mm) < 1e-6
+        assert all(mask[m].all() for m in y.masks.values())
+
 def test_workers_start_light():
     code = 'import sys, mammo_nb.data.cache; print([m for m in ("torch", "fastai", "pandas", "matplotlib", "skimage.filters", "sklearn") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip() == '[]'

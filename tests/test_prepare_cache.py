@@ -149,3 +149,12 @@ def test_load_follows_the_file(tmp_path):
     assert np.abs(p.load('0').image-before).max() > .01  # changed: never the old picture
     (tmp_path/'1.dcm').write_bytes(b'gone bad')
     with pytest.raises(InputError): p.load('1')
+
+def test_a_path_that_leads_out(tmp_path):
+    "A link out of the cohort's folder is a failure, not a way out"
+    (tmp_path/'d').mkdir()
+    cohort = cohort_of(tmp_path/'d', 2)
+    (tmp_path/'d'/'1.dcm').rename(tmp_path/'out.dcm')
+    (tmp_path/'d'/'1.dcm').symlink_to(tmp_path/'out.dcm')
+    p = prepare_cohort(cohort, tmp_path/'c', CONFIG, 1, progress=False)
+    assert p.failures.image_id.tolist() == ['1'] and 'below the root' in p.failures.expected[0] and list(p.keys) == ['0']

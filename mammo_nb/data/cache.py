@@ -252,7 +252,16 @@ def _run(jobs, workers, progress, total):
                 yield done
                 bar.update()
 
-# %% ../../nbs/data/16_cache.ipynb #e6a7ad3c
+# %% ../../nbs/data/16_cache.ipynb #85f90e92
+def _sources(cohort):
+    "[(image_id, path, laterality)], and the failures of paths that lead out of the cohort's folder (all at once: `Cohort.file` searches for each)"
+    jobs, failures, root = [], {}, cohort.root.resolve()
+    for o in cohort.images.itertuples():
+        path = root/o.path
+        if path.resolve().is_relative_to(root): jobs.append((o.image_id, str(path), o.laterality))
+        else: failures[o.image_id] = (o.path, 'path', repr(o.path), 'a file below the root of the cohort')
+    return jobs, failures
+
 class PreparedCohort:
     "A cohort whose images are prepared and kept"
     def __init__(self,
@@ -266,7 +275,8 @@ class PreparedCohort:
     ):
         self.cohort, self.cache, self.config, self.keys = cohort, cache, config, keys
         self.failures, self.made, self.reused = failures, made, reused
-        self._laterality = dict(zip(cohort.images.image_id, cohort.images.laterality))
+        self._source = {name: (Path(path), side) for name, path, side in _sources(cohort)[0]}
+        self._boxes = {k: g[['xmin', 'ymin', 'xmax', 'ymax']].to_numpy(float) for k, g in cohort.findings.groupby('image_id')}
 
     def __len__(self): return len(self.keys)
     def __repr__(self): return f'PreparedCohort: {len(self)} images of {self.config.size[0]} x {self.config.size[1]} ({self.reused} reused, {self.made} made), {len(self.failures)} failed'
@@ -275,8 +285,8 @@ class PreparedCohort:
         image_id:str # of the images table
     )->Prepared: # raises `KeyError` for an image that is not there
         "A prepared image; made again if its file has changed, from the cache alone if its file is gone"
-        key, path = self.keys[image_id], self.cohort.file(image_id)
-        if path.exists(): return self.cache.prepare(path, self._laterality[image_id], self.config)
+        key, (path, side) = self.keys[image_id], self._source[image_id]
+        if path.exists(): return self.cache.prepare(path, side, self.config)
         found = self.cache.load(key)
         if found is None: raise InputError(path, 'file', 'neither the file nor its prepared image', 'one of them')
         return found
@@ -285,18 +295,9 @@ class PreparedCohort:
         image_id:str # of the images table
     )->np.ndarray: # [N,4] xyxy, prepared pixels, in the order of the findings table; NaN where a finding has no box
         "The boxes of the findings of an image"
-        f = self.cohort.findings
-        return self.load(image_id).boxes(f.loc[f.image_id == image_id, ['xmin', 'ymin', 'xmax', 'ymax']].to_numpy(float))
+        return self.load(image_id).boxes(self._boxes.get(image_id, np.zeros((0, 4))))
 
-# %% ../../nbs/data/16_cache.ipynb #775d679c
-def _sources(cohort):
-    "[(image_id, path, laterality)] and the failures of paths that cannot be"
-    jobs, failures = [], {}
-    for o in cohort.images.itertuples():
-        try: jobs.append((o.image_id, str(cohort.file(o.image_id)), o.laterality))
-        except InputError as e: failures[o.image_id] = (o.path, e.what, str(e.found), e.expected)
-    return jobs, failures
-
+# %% ../../nbs/data/16_cache.ipynb #ff19a6c4
 def _size(path): return os.path.getsize(path) if os.path.exists(path) else 0
 
 def prepare_cohort(
