@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
 
-# %% ../../nbs/models/03_blocks.ipynb #71f64837
+# %% ../../nbs/models/03_blocks.ipynb #aedfe5b9
 def _gauss(x, sigma):
     k = max(1, round(3*sigma))
     g = torch.exp(-torch.arange(-k, k+1, device=x.device, dtype=x.dtype)**2/(2*sigma**2))
@@ -40,9 +40,11 @@ class LocalContrast(nn.Module):
         return F.interpolate(a, size=size, mode='bilinear', align_corners=False) if s > 1 else a
 
     def forward(self, x:Tensor)->Tensor:
-        inside = (x > 0).to(x.dtype)
-        d = (x-self.mean(x, inside))*inside
-        return d/(self.mean(d*d, inside).sqrt()+.1*self.scale) if self.norm else d/self.scale
+        with torch.autocast(x.device.type, enabled=False):  # a small difference of large numbers: always in 32 bits
+            x = x.float()
+            inside = (x > 0).float()
+            d = (x-self.mean(x, inside))*inside
+            return d/(self.mean(d*d, inside).sqrt()+.1*self.scale) if self.norm else d/self.scale
 
 # %% ../../nbs/models/03_blocks.ipynb #29ed0552
 def conv_bn(
