@@ -83,7 +83,6 @@ def documented(rel, cells):
             for a in args:
                 if a.arg not in ('self', 'cls') and '#' not in lines[a.end_lineno-1]: yield f'cell {i}: {n.name}({a.arg}) has no comment'
             used = [a.end_lineno for a in args if a.arg not in ('self', 'cls')]
-            if len(used) > 1 and len(set(used)) < len(used): yield f'cell {i}: {n.name} has two parameters on one line'
             gives = any(isinstance(r, ast.Return) and r.value is not None and not (isinstance(r.value, ast.Constant) and r.value.value is None) for r in ast.walk(n))
             end = n.body[0].lineno - 1
             if gives and used and not any('#' in l and re.match(r'\s*\)', l) for l in lines[n.lineno-1:end]) and '#' not in lines[n.lineno-1]:

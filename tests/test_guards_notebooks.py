@@ -47,7 +47,6 @@ BAD = [
     ('documented', good(function='#| export\ndef width(\n    box:list # xyxy\n): # pixels\n    return box[1]')),
     ('documented', good(function='#| export\ndef width(box):\n    "The width of a box"\n    return box[1]')),
     ('documented', good(function='#| export\ndef width(\n    box:list # xyxy\n):\n    "The width of a box"\n    return box[1]')),
-    ('documented', good(function='#| export\ndef width(\n    a, b # the sides\n)->int: # pixels\n    "The width of a box"\n    return b - a')),
     ('documented', good(function='#| export\nclass Box: x = 1')),
     ('nothing_swallowed', good(function=function('try: return box[1]\n    except ValueError: pass'))),
     ('nothing_swallowed', good(demo='try: width(3)\nexcept: print(1)')),
