@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NamedOutput', 'auc_metric']
 
-# %% ../../nbs/learners/01_callbacks.ipynb #5384f3f8
+# %% ../../nbs/learners/01_callbacks.ipynb #bc096ce9
 import mammo_nb.core.fastai_import
-import fastai.callback.all
+import fastai.callback.progress, fastai.callback.schedule
 from fastai.callback.core import Callback
 from fastai.metrics import AccumMetric
 from ..core.errors import InputError

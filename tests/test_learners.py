@@ -1,0 +1,301 @@
+"""The two-view learner with fastai's own tools, model files from strangers, and what a frozen encoder may do."""
+import copy, json, warnings
+from types import SimpleNamespace
+import matplotlib
+matplotlib.use('agg')
+import matplotlib.pyplot as plt
+import numpy as np, pandas as pd, pytest, torch
+import mammo_nb.core.fastai_import
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import load_learner
+from fastai.metrics import RocAucMulti, accuracy_multi
+from mammo_nb.core.errors import InputError
+from mammo_nb.core.seeding import rng_for, seed_everything
+from mammo_nb.data.cohort import Cohort
+from mammo_nb.data.prepare import PrepareConfig
+from mammo_nb.data.samples import Augment, TwoViewInputs, TwoViewTargets, two_view_dls
+from mammo_nb.learners.callbacks import auc_metric
+from mammo_nb.learners.two_view import TwoViewLoss, load_model, model_version, predict, save_model, two_view_learner
+from mammo_nb.metrics.classification import auc
+from mammo_nb.models.two_view import TwoViewNet
+
+SIZE = (64, 48)
+
+class Pictures:
+    "A prepared cohort of toy breasts that lives in memory: a bright disc in both views is a cancer"
+    def __init__(self, n=36, seed=0, missing=()):
+        images, findings, self.keys = [], [], {}
+        yy, xx = np.mgrid[:SIZE[0], :SIZE[1]]
+        inside = (xx/44)**2+((yy-32)/29)**2 < 1
+        for p in range(n):
+            split = 'train' if p < n//2 else 'valid' if p < 3*n//4 else 'test'
+            for side in 'LR':
+                y = (p+(side == 'R'))%2
+                for view in ('CC', 'MLO'):
+                    i = f'p{p}-{side}-{view}'
+                    if i in missing: continue
+                    r = rng_for(seed, i)
+                    c = r.uniform((14, 4), (50, 30))
+                    im = .35+.03*r.normal(size=SIZE)+.3*y*(np.hypot(yy-c[0], xx-c[1]) < 5)
+                    self.keys[i] = np.where(inside, im.clip(.01, 1), 0).astype('float32')[None]
+                    images.append(dict(image_id=i, patient_id=f'p{p}', exam_id=f'e{p}', laterality=side, view=view, path=f'{i}.png', rows=64., cols=48.,
+                                       split=split, years_followed=5., provenance='toy'))
+                    if y: findings.append(dict(finding_id=f'f-{i}', image_id=i, pathology='malignant'))
+        self.cohort, self.config, self.failures = Cohort(pd.DataFrame(images), pd.DataFrame(findings)), PrepareConfig(size=SIZE), pd.DataFrame(columns=['image_id'])
+    def load(self, image_id): return SimpleNamespace(image=self.keys[image_id])
+
+@pytest.fixture(scope='module')
+def pictures(): return Pictures(missing=('p1-L-MLO', 'p20-R-CC'))
+
+@pytest.fixture
+def make(pictures, tmp_path):
+    def f(**kwargs):
+        dls = two_view_dls(pictures, bs=12, seed=0, augment=None)
+        learn = two_view_learner(dls, **{**dict(seed=0, path=tmp_path), **kwargs})
+        learn.remove_cb(learn.progress) if hasattr(learn, 'progress') else None
+        learn.logger = lambda *a, **k: None
+        return learn
+    return f
+
+@pytest.fixture(scope='module')
+def trained(pictures):
+    learn = two_view_learner(two_view_dls(pictures, bs=12, seed=0, augment=Augment(rotate=4)), seed=0)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(10, 5e-3)
+    return learn
+
+def test_it_learns_and_predicts(trained, pictures):
+    table = predict(trained, pictures, split='test')
+    fused = table[table.output == 'probability']
+    assert auc(fused.label.to_numpy(), fused.value.to_numpy()) > .9
+    assert set(fused.laterality) == {'L', 'R'} and len(fused) == 18
+    assert trained.recorder.values[-1][0] < trained.recorder.values[0][0]
+
+def test_missing_views_in_the_table(trained, pictures):
+    t = predict(trained, pictures).set_index(['patient_id', 'laterality', 'output']).value
+    assert ('p1', 'L', 'probability_mlo') not in t.index and t['p1', 'L', 'probability'] == pytest.approx(t['p1', 'L', 'probability_cc'])
+    assert ('p20', 'R', 'probability_cc') not in t.index and t['p20', 'R', 'probability'] == pytest.approx(t['p20', 'R', 'probability_mlo'])
+
+def test_evidence_lies_on_the_lesion(trained, pictures):
+    rows = [i for i in pictures.keys if i.endswith('CC') and (int(i[1:].split('-')[0])+('-R-' in i))%2]
+    hits = 0
+    for i in rows:
+        r = rng_for(0, i); c = r.uniform((14, 4), (50, 30))
+        with torch.no_grad(): _, m = trained.model.eval().encode(torch.tensor(pictures.keys[i])[None])
+        at = np.array(np.unravel_index(int(m[0].argmax()), m[0].shape))*8+4
+        hits += np.hypot(*(at-c)) < 10
+    assert hits/len(rows) > .75, hits/len(rows)
+
+def test_same_seed_same_model(make):
+    versions = []
+    for _ in range(2):
+        learn = make(seed=3); learn.fit_one_cycle(1)
+        versions.append(model_version(learn.model))
+    assert versions[0] == versions[1]
+    learn = make(seed=4); learn.fit_one_cycle(1)
+    assert model_version(learn.model) != versions[0]
+
+def test_lr_find(make):
+    learn = make()
+    before = model_version(learn.model)
+    found = learn.lr_find(num_it=12, show_plot=False)
+    assert 1e-7 < found.valley < 10 and len(learn.recorder.lrs) > 5
+    assert model_version(learn.model) == before  # the weights are put back
+
+def test_save_best_early_stop_and_log(make, tmp_path):
+    learn = make()
+    learn.fit(4, cbs=[SaveModelCallback(monitor='auc', fname='best'), EarlyStoppingCallback(monitor='auc', patience=1), CSVLogger(tmp_path.name)])
+    assert (tmp_path/'models'/'best.pth').exists()
+    log = pd.read_csv(tmp_path/tmp_path.name)
+    assert list(log.columns) == ['epoch', 'train_loss', 'valid_loss', 'auc', 'time'] and 1 <= len(log) <= 4
+    with learn.no_bar(): assert learn.validate()[1] == pytest.approx(log.auc.max(), abs=1e-6)  # the best one was loaded
+
+def test_early_stopping_stops(make):
+    learn = make(metrics=None)
+    learn.fit(5, lr=0., cbs=EarlyStoppingCallback(monitor='auc', patience=1, min_delta=.5))
+    assert len(learn.recorder.values) == 2
+
+class StepCount(Callback):
+    order = 1000
+    def before_fit(self): self.steps = 0
+    def after_step(self): self.steps += 1
+
+@pytest.mark.parametrize('n_acc,steps', [(12, 3), (24, 1)])
+def test_gradient_accumulation(make, n_acc, steps):
+    learn = make()
+    learn.add_cb(StepCount()).fit(1, cbs=GradientAccumulation(n_acc))
+    assert len(learn.dls.train) == 3 and learn.step_count.steps == steps
+
+def test_gradient_clip(make):
+    norms = []
+    class Norm(Callback):
+        order = 500
+        def before_step(self): norms.append(float(torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()))
+    make().fit(1, cbs=[GradientClip(.01), Norm()])
+    assert norms and max(norms) < .0101
+
+def test_mixed_precision(make, pictures):
+    learn = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # on a machine without CUDA torch says that it does nothing
+        learn.fit(1, cbs=MixedPrecision())
+    assert np.isfinite(learn.recorder.values[-1]).all()
+
+def test_low_precision_forward(trained, pictures):
+    x = trained.dls.valid.one_batch()[0]
+    net = trained.model.eval()
+    with torch.no_grad():
+        a = net(x)['logit']
+        with torch.autocast('cpu', dtype=torch.bfloat16): b = net(x)
+    assert b['logit'].dtype == torch.float32 and (a-b['logit']).abs().max() < .15
+    assert torch.allclose(b['map_cc'].sum((1, 2))[b['logit_cc'].isfinite()], b['logit_cc'][b['logit_cc'].isfinite()], atol=1e-4)
+
+def test_get_preds_in_all_its_forms(trained):
+    labels = trained.dls.valid_ds.rows.label.to_numpy()
+    with trained.no_bar():
+        p, y, said, loss = trained.get_preds(with_decoded=True, with_loss=True)
+        x, p2, y2 = trained.get_preds(with_input=True, reorder=False)
+        train = trained.get_preds(ds_idx=0)
+        logit, _ = trained.get_preds(act=lambda o: o)
+    assert (y.numpy() == labels).all() and torch.equal(said, (p > .5).float()) and loss.shape == p.shape
+    assert torch.equal(p, p2) and x['image_cc'].shape[0] == len(p)
+    assert len(train[0]) == len(trained.dls.train_ds)  # no breast of an incomplete batch is lost
+    assert torch.allclose(logit.sigmoid(), p)
+
+def test_ordinary_metrics_of_fastai(make):
+    learn = make(metrics=[RocAucMulti(), auc_metric(), lambda p, t: accuracy_multi(p, t, thresh=.5)])
+    learn.fit(1)
+    theirs, ours, accuracy = learn.recorder.values[-1][-3:]
+    assert theirs == pytest.approx(ours, abs=1e-6) and 0 <= accuracy <= 1
+
+def test_shows(trained):
+    plt.close('all')
+    trained.dls.show_batch(max_n=4); trained.dls.valid.show_batch(max_n=2)
+    with trained.no_bar(): trained.show_results(max_n=3)
+    titles = [[a.get_title() for a in plt.figure(n).axes if a.get_title()] for n in plt.get_fignums()]
+    assert [len(t) for t in titles] == [4, 2, 3]
+    assert all(t.split(' | ')[0] in ('cancer', 'no cancer') and ' said 0.' in t or ' said 1.' in t for t in titles[2])
+    plt.close('all')
+
+def test_batches_keep_their_class(trained):
+    for dl in trained.dls.loaders:
+        x, y = next(iter(dl))
+        assert type(x) is TwoViewInputs and type(y) is TwoViewTargets
+        x, y = dl.one_batch()
+        assert type(x) is TwoViewInputs and type(y) is TwoViewTargets
+
+def test_loading_in_other_processes(pictures):
+    x, y = next(iter(two_view_dls(pictures, bs=4, seed=0, augment=None, num_workers=1, in_memory=False).train))
+    a, b = next(iter(two_view_dls(pictures, bs=4, seed=0, augment=None).train))
+    assert type(x) is TwoViewInputs and torch.equal(x['image_cc'], a['image_cc']) and torch.equal(y['label'], b['label'])
+
+def test_export_and_resume(trained, pictures, tmp_path, make):
+    trained.path = tmp_path
+    trained.export('learner.pkl')
+    assert (tmp_path/'learner.pkl').stat().st_size < 5e6  # no pictures in it
+    again = load_learner(tmp_path/'learner.pkl')
+    t = predict(trained, pictures, split='test')
+    assert np.allclose(predict(again, pictures, split='test').value, t.value)
+    learn = make(); learn.fit(1); learn.save('half'); learn.fit(1)
+    other = make(seed=9); other.create_opt(); other.load('half')
+    assert len(other.opt.state_dict()['state']) == len(learn.opt.state_dict()['state'])
+    other.fit(1)
+
+def test_a_frozen_encoder_does_not_move(make):
+    learn = make(backbone='tf_efficientnet_lite0', pretrained=True, stride=8, freeze=True)
+    before = copy.deepcopy(learn.model.state_dict())
+    learn.fit_one_cycle(2, 1e-2)
+    after = learn.model.state_dict()
+    moved = [k for k in after if not torch.equal(after[k], before[k])]
+    assert moved and all(k.startswith('head.') for k in moved), moved
+    assert sum(k.startswith('encoder.') for k in after) > 40
+
+def test_an_unfrozen_encoder_does_move(make):
+    learn = make(backbone='test_resnet')
+    before = copy.deepcopy(learn.model.state_dict())
+    learn.fit(1)
+    assert any(not torch.equal(v, before[k]) for k, v in learn.model.state_dict().items() if 'running_mean' in k)
+
+def test_single_views_train_where_the_other_is_missing(make):
+    for view in ('cc', 'mlo'):
+        learn = make(views=(view,))
+        learn.fit(1)
+        assert np.isfinite(learn.recorder.values[-1]).all() and np.isfinite(model_numbers(learn.model)).all()
+
+def model_numbers(model): return torch.cat([v.float().flatten() for v in model.state_dict().values()]).numpy()
+
+def test_a_batch_without_any_view_teaches_nothing():
+    net, loss = TwoViewNet(), TwoViewLoss()
+    x = dict(image_cc=torch.zeros(2, 1, *SIZE), image_mlo=torch.zeros(2, 1, *SIZE), present_cc=torch.zeros(2), present_mlo=torch.zeros(2))
+    out = net(x)
+    assert out['logit'].isnan().all() and float(loss(out, dict(label=torch.ones(2)))) == 0
+
+def test_no_gradient_from_what_is_missing():
+    net, loss = TwoViewNet(), TwoViewLoss()
+    x = dict(image_cc=torch.rand(3, 1, *SIZE), image_mlo=torch.rand(3, 1, *SIZE), present_cc=torch.tensor([1., 1, 0]), present_mlo=torch.tensor([0., 1, 0]))
+    loss(net(x), dict(label=torch.tensor([1., 0, float('nan')]))).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
+def test_gaze_moves_with_the_picture():
+    seed_everything(0)
+    yy, xx = torch.meshgrid(torch.arange(64), torch.arange(48), indexing='ij')
+    blob = lambda r, c: torch.exp(-((yy+.5-r)**2+(xx+.5-c)**2)/18.)[None, None].repeat(40, 1, 1, 1)
+    x = TwoViewInputs(image_cc=blob(20, 30), image_mlo=blob(40, 16), present_cc=torch.ones(40), present_mlo=torch.ones(40))
+    y = TwoViewTargets(label=torch.ones(40), gaze_cc=blob(20, 30), gaze_mlo=blob(40, 16), has_gaze=torch.ones(40, 2))
+    a, b = Augment(gain=0, gamma=0)((x, y), split_idx=0)
+    centre = lambda o: torch.stack([(o*t).sum((1, 2, 3))/o.sum((1, 2, 3)) for t in (yy, xx)], 1)
+    for v in ('cc', 'mlo'):
+        p, g = centre(a[f'image_{v}']), centre(b[f'gaze_{v}'])
+        assert (p-g).abs().max() < .3 and (p-centre(x[f'image_{v}'])).abs().max() > 2
+    assert not torch.allclose(centre(a['image_cc'])-centre(x['image_cc']), centre(a['image_mlo'])-centre(x['image_mlo']), atol=.5)  # each view on its own
+    same = Augment()((x, y), split_idx=1)
+    assert torch.equal(same[0]['image_cc'], x['image_cc'])  # validation is left alone
+
+# model files
+
+@pytest.fixture
+def saved(trained, tmp_path): return save_model(trained, tmp_path/'m'/'two_view')
+
+def edit(path, **changes):
+    d = json.loads(path.read_text()); d.update(changes); path.write_text(json.dumps(d))
+
+def test_a_model_comes_back_from_its_file(saved, trained, pictures):
+    for name in (saved, saved.with_suffix(''), saved.with_suffix('.safetensors')):
+        assert model_version(load_model(name)) == model_version(trained.model) == json.loads(saved.read_text())['version']
+    assert np.allclose(predict(load_model(saved), pictures).value, predict(trained, pictures).value, atol=1e-6)
+    assert sorted(p.name for p in saved.parent.iterdir()) == ['two_view.json', 'two_view.safetensors']
+
+@pytest.mark.parametrize('changes,said', [
+    (dict(format=99), 'format, system: found 99'),
+    (dict(system='lmvnet'), 'found 1, lmvnet'),
+    (dict(config=dict(backbone='no_such_net')), 'no_such_net'),
+    (dict(config=dict(backbone='small', width=8)), 'config: found'),
+    (dict(config=dict(backbone='small', lambda_=1)), 'lambda_'),
+    (dict(config=None), 'description'),
+    (dict(weights_sha256='0'*64), 'checksum'),
+])
+def test_descriptions_that_do_not_fit(saved, changes, said):
+    edit(saved, **changes)
+    with pytest.raises(InputError, match=said.replace('(', r'\(')): load_model(saved)
+
+def test_weights_that_are_something_else(saved):
+    import hashlib, pickle
+    w = saved.with_suffix('.safetensors')
+    for content in (b'', b'\x00'*100, pickle.dumps(print)):
+        w.write_bytes(content); edit(saved, weights_sha256=hashlib.sha256(content).hexdigest())
+        with pytest.raises(InputError, match='two_view.json'): load_model(saved)
+    w.unlink()
+    with pytest.raises(InputError, match='found nothing'): load_model(saved)
+
+def test_a_model_without_a_name_is_not_saved(tmp_path):
+    with pytest.raises(InputError, match='named|name of a backbone'): save_model(TwoViewNet(TwoViewNet().encoder), tmp_path/'m')
+
+def test_pretrained_weights_are_not_needed_to_load(make, tmp_path, monkeypatch):
+    learn = make(backbone='tf_efficientnet_lite0', pretrained=True)
+    save_model(learn, tmp_path/'lite')
+    import mammo_nb.models.backbones as b
+    monkeypatch.setattr(b, 'lite0_weights', lambda *a: pytest.fail('asked for pretrained weights'))
+    assert model_version(load_model(tmp_path/'lite')) == model_version(learn.model)
