@@ -28,7 +28,7 @@ from ..metrics.predictions import predictions_table
 from ..models.backbones import freeze_module
 from ..models.two_view import TwoViewNet
 
-# %% ../../nbs/learners/05_two_view.ipynb #4a6f9c14
+# %% ../../nbs/learners/05_two_view.ipynb #29bd185f
 class TwoViewLoss(nn.Module):
     "Cross-entropy of the fused logit and of the views; unknown labels and missing views do not count"
     def __init__(self,
@@ -55,7 +55,7 @@ class TwoViewLoss(nn.Module):
         return each if self.reduction == 'none' else each.sum()/there.sum().clamp(min=1)
 
     def activation(self, logit): return logit.sigmoid()
-    def decodes(self, probability): return (probability > .5).float()
+    def decodes(self, probability): return probability
 
 # %% ../../nbs/learners/05_two_view.ipynb #72bcbfd9
 def _class_weight(class_weight, labels):
