@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['code_modules', 'code_hash', 'Monitor', 'Stages']
 
-# %% ../../nbs/report/03_stages.ipynb #63f2e253
+# %% ../../nbs/report/03_stages.ipynb #ff1c8453
 import ast, hashlib, importlib.util, json, os, shutil, tempfile, threading, time
 from pathlib import Path
+from functools import lru_cache
 import psutil
 from filelock import FileLock, Timeout
 from fastcore.basics import patch
 from ..core.errors import InputError
 from ..core.seeding import stable_hash
 
-# %% ../../nbs/report/03_stages.ipynb #6dc0de7a
+# %% ../../nbs/report/03_stages.ipynb #21f7ed7d
 def _source(module):
     "The file of a module, without importing it; `None` if there is none"
     top, *rest = module.split('.')
@@ -32,17 +33,23 @@ def _imported(tree, module, path):
             base = '.'.join([*(package[:len(package)-n.level+1] if n.level else []), *([n.module] if n.module else [])])
             yield from (base, *(f'{base}.{a.name}' for a in n.names))  # a name may be a module
 
+@lru_cache(maxsize=None)
+def _parsed(module, path, mtime_ns, size):
+    "(what Python makes of the source, names of what it imports); read again when the file changes"
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    return stable_hash(ast.dump(tree)), tuple(_imported(tree, module, path))
+
 def code_modules(
     *modules # names of modules: `mammo_nb.data.prepare`
-)->dict: # name -> syntax tree, of these modules and of all they import from the same packages
+)->dict: # name -> hash of its source, of these modules and of all they import from the same packages
     "The part of the library that a module runs on"
     todo, seen, tops = list(modules), {}, {m.split('.')[0] for m in modules}
     while todo:
         m = todo.pop()
         path = None if m in seen or m.split('.')[0] not in tops else _source(m)
         if path is None: continue
-        seen[m] = ast.parse(path.read_text(encoding='utf-8'))
-        todo += _imported(seen[m], m, path)
+        seen[m], more = _parsed(m, path, path.stat().st_mtime_ns, path.stat().st_size)
+        todo += more
     return dict(sorted(seen.items()))
 
 def code_hash(
@@ -51,7 +58,7 @@ def code_hash(
     "A hash of modules and all they import from the library, comments apart"
     for m in modules:
         if _source(m) is None: raise InputError('code_hash', 'module', m, 'a module of an installed package')
-    return f'{stable_hash(*((k, ast.dump(v)) for k, v in code_modules(*modules).items())):032x}'[:16]
+    return f'{stable_hash(*code_modules(*modules).items()):032x}'[:16]
 
 # %% ../../nbs/report/03_stages.ipynb #99946fcb
 class Monitor:
