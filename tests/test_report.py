@@ -89,12 +89,11 @@ def test_a_killed_stage_is_made_again_whole(tmp_path):
     assert _content(Path(out.splitlines()[-1])) == clean
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
-    first = _start(tmp_path)
-    assert first.stdout.readline() == 'begun\n'
-    second = _start(tmp_path); _, err = second.communicate(timeout=60)
-    out, err1 = first.communicate(timeout=60)
-    assert second.returncode != 0 and 'one run at a time' in err
-    assert first.returncode == 0, err1
+    with Stages(tmp_path, lambda s: None):
+        p = _start(tmp_path); _, err = p.communicate(timeout=60)
+        assert p.returncode != 0 and 'one run at a time' in err
+    p = _start(tmp_path); _, err = p.communicate(timeout=60)
+    assert p.returncode == 0, err
 
 def test_a_damaged_result_is_never_reused(tmp_path):
     made = []

@@ -87,7 +87,7 @@ class Monitor:
     @property
     def peak_gib(self): return self.peak/2**30
 
-# %% ../../nbs/report/03_stages.ipynb #c86d8dd4
+# %% ../../nbs/report/03_stages.ipynb #201433ee
 def _checksum(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:32]
 
@@ -106,6 +106,7 @@ class Stages:
         self._lock = FileLock(self.folder/'.lock')
         try: self._lock.acquire(timeout=0)
         except Timeout as e: raise InputError(self.folder, 'lock', 'another run at work in this folder', 'one run at a time') from e
+        for left in self.folder.glob('.making-*'): shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
         return self
 
     def __exit__(self, *exc): self._lock.release()
@@ -123,7 +124,7 @@ class Stages:
         bad = sorted(k for k in {*now, *stamp['files']} if now.get(k) != stamp['files'].get(k))
         return f'{bad[0]} was changed' + (f' and {len(bad)-1} more' if len(bad) > 1 else '') if bad else None
 
-# %% ../../nbs/report/03_stages.ipynb #8f41e69a
+# %% ../../nbs/report/03_stages.ipynb #ad49aa53
 @patch
 def run(self:Stages,
     name:str, # of the step, also of its folder
@@ -143,7 +144,7 @@ def run(self:Stages,
 @patch
 def _make(self:Stages, name, path, key, make, why):
     self.tell(f'{name}: ...' if why == 'not there' else f'{name}: made again, {why}')
-    tmp = Path(tempfile.mkdtemp(dir=self.folder, prefix=f'.{name}-'))
+    tmp = Path(tempfile.mkdtemp(dir=self.folder, prefix=f'.making-{name}-'))
     tmp.chmod(0o755)
     try:
         make(tmp)
