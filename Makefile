@@ -55,7 +55,7 @@ readme: $(STAMP)
 	@$(BIN)/python .ci/readme.py
 
 hooks: $(STAMP)
-	@$(BIN)/nbdev_install_hooks
+	@$(BIN)/python .ci/hooks.py
 
 clean:
 	rm -rf _tour _docs _proc build *.egg-info

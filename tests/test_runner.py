@@ -5,7 +5,7 @@ from repo import ROOT, git
 
 def notebook(*sources):
     cells = [dict(cell_type='code', execution_count=None, id=f'{i:08x}', metadata={}, outputs=[], source=s.splitlines(keepends=True)) for i, s in enumerate(sources)]
-    return json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')), nbformat=4, nbformat_minor=5))
+    return json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')), nbformat=4, nbformat_minor=5), indent=1)
 
 @pytest.fixture
 def project(tmp_path):
@@ -49,6 +49,28 @@ def test_nothing_at_all_is_a_failure(project):
     for p in (*project.glob('tests/*'), *project.glob('nbs/a/*')): p.unlink()
     rc, lines, _ = run(project)
     assert rc == 1 and lines[-1] == '0 passed, 0 failed'
+
+# ---- make hooks
+
+def test_notebooks_merge_cell_by_cell(project, tmp_path):
+    "Two people change two cells and the name of the kernel; git merges them through the hook, with no environment activated"
+    nb, env = project/'nbs/a/01_good.ipynb', {'HOME': str(tmp_path), 'PATH': '/usr/bin:/bin'}
+    me = ['-c', 'user.name=a', '-c', 'user.email=a@localhost']
+    (project/'.gitattributes').write_text((ROOT/'.gitattributes').read_text())
+    (project/'.gitignore').write_text((ROOT/'.gitignore').read_text())
+    nb.write_text(notebook('x = 1', 'y = 2')); git('add', '-A', cwd=project); git(*me, 'commit', '-qm', 'both', cwd=project)
+    main = git('branch', '--show-current', cwd=project).strip()
+    r = subprocess.run([sys.executable, '.ci/hooks.py'], cwd=project, env=env, capture_output=True, text=True)
+    assert r.returncode == 0 and 'Hooks are installed' in r.stdout, r.stdout + r.stderr
+    git('checkout', '-qb', 'other', cwd=project)
+    said = lambda text, who: text.replace('"display_name": "python3"', f'"display_name": "{who}"')  # plain git would call this a conflict
+    nb.write_text(said(notebook('x = 1', 'y = 3'), 'theirs')); git(*me, 'commit', '-qam', 'second cell', cwd=project)
+    git('checkout', '-q', main, cwd=project)
+    nb.write_text(said(notebook('x = 0', 'y = 2'), 'ours')); git(*me, 'commit', '-qam', 'first cell', cwd=project)
+    r = subprocess.run(['git', *me, 'merge', '-q', '-m', 'merged', 'other'], cwd=project, env=env, capture_output=True, text=True)
+    assert r.returncode == 0 and 'not found' not in r.stderr, r.stdout + r.stderr
+    assert [''.join(c['source']) for c in json.loads(nb.read_text())['cells']] == ['x = 0', 'y = 3']
+    assert git('status', '--porcelain', cwd=project) == ''
 
 # ---- make notebooks
 
