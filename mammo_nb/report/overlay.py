@@ -57,18 +57,18 @@ def evidence(
     said = {'probability': out['logit']} | {f'probability_{v}': out[f'logit_{v}'] for v in there}
     return {k: float(t.sigmoid()[0]) for k, t in said.items()} | dict(maps={v: out[f'map_{v}'][0].cpu().numpy() for v in there})
 
-# %% ../../nbs/report/02_overlay.ipynb #23eee901
+# %% ../../nbs/report/02_overlay.ipynb #0194392c
 def show_evidence(
     images:dict, # `cc` and `mlo` -> prepared picture [1,H,W]; missing views left out or `None`
     maps:dict, # `cc` and `mlo` -> evidence [h,w]
     boxes:dict|None=None, # `cc` and `mlo` -> [N,4] xyxy, prepared pixels
     title:str='', # above
-    limit:float|None=None, # the strength that is drawn fully; `None`: the strongest cell of all views
+    limit:float|None=None, # the strength that is drawn fully; `None`: 99 % of the cells of all views are weaker
     height:float=3. # of the figure, inches
 ): # the figure
     "The views of one breast, plain and under their evidence"
     views = [v for v in ('cc', 'mlo') if images.get(v) is not None]
-    limit = limit or max((float(np.abs(m).max()) for m in maps.values()), default=1.) or 1.
+    if limit is None: limit = float(np.quantile(np.abs(np.concatenate([np.ravel(m) for m in maps.values()])), .99)) if maps else 1.
     h, w = np.asarray(images[views[0]]).shape[-2:]
     fig, axs = plt.subplots(1, 2*len(views), figsize=(2*len(views)*height*w/h, height), squeeze=False, gridspec_kw=dict(wspace=.02))
     for ax, v, over in zip(axs[0], [v for v in views for _ in (0, 1)], [0, 1]*len(views)):

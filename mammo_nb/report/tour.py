@@ -192,7 +192,7 @@ def make_section(
     if not s.blocks: raise InputError(title, 'section', 'nothing', 'at least one block')
     return s
 
-# %% ../../nbs/report/05_tour.ipynb #367bb620
+# %% ../../nbs/report/05_tour.ipynb #b33dfcd1
 @tour_section(10, 'In short')
 def in_short(tour, s): # the tour and the empty section to fill
     "The numbers, from the test patients"
@@ -200,7 +200,7 @@ def in_short(tour, s): # the tour and the empty section to fill
     th, n = choose_threshold(valid), tour.config.n_boot
     e = evaluate(test, th, n_boot=n)
     s.text(f'{tour.cohort!r}. The two-view baseline was trained on its training patients. On its **{test.patient_id.nunique()} test patients** ({len(test)} breasts, '
-           f'{int(test.label.sum())} with cancer) it reaches an AUC of **{e.text[0]}**. The threshold {float(th):.3f} was chosen on the validation patients ({th.rule}).')
+           f'{int(test.label.sum())} with cancer) it reaches an AUC of **{e.text[0]}**. The threshold {float(th):.3f} was chosen on the validation patients (rule: {th.rule}).')
     names = dict(auc='AUC', brier='Brier score', ece_10_uniform='ECE, 10 equal bins')
     s.table(e.assign(metric=[names.get(m, m.replace('_', ' ')) for m in e.metric])[['metric', 'text', 'n', 'n_groups', 'redrawn']].rename(columns=dict(text='value (95 % interval)', n='breasts', n_groups='patients')),
             'In-silico test patients. Intervals: bootstrap over patients, percentile.')
@@ -211,7 +211,7 @@ def in_short(tour, s): # the tour and the empty section to fill
         rows += [(f'{v.upper()} alone', str(bootstrap_ci(known_labels(one), auc, n_boot=n))), (f'both - {v.upper()}', str(paired_difference(known_labels(both), known_labels(one), auc, n_boot=n)))]
     s.table(pd.DataFrame(rows, columns=['what', 'AUC (95 % interval)']), 'The same model asked about one view only; differences on the same resampled patients.')
 
-# %% ../../nbs/report/05_tour.ipynb #6e2ea5e2
+# %% ../../nbs/report/05_tour.ipynb #4af5a50d
 def hanging(
     cohort:Cohort, # the cohort
     prepared, # its `PreparedCohort`
@@ -236,7 +236,7 @@ def hanging(
 def insilico_exam(tour, s): # the tour and the empty section to fill
     "One in-silico exam, stored and prepared"
     b = breasts(tour.cohort)
-    exam = b[(b.label == 1) & (b.split == 'test')].exam_id.iloc[0]
+    exam = b[(b.label == 1) & (b.split == 'test')].sort_values('n_findings', kind='stable').exam_id.iloc[-1]
     s.text('A patient who does not exist: a breast in three dimensions, projected twice, with lesions whose place is known. Red boxes are malignant, blue ones benign.')
     s.figure(hanging(tour.cohort, tour.prepared, exam), 'Four views as DICOM files hold them, with the true boxes; and prepared: chest wall inside, background 0, markers gone.')
 
@@ -248,7 +248,7 @@ def real_exams(tour, s): # the tour and the empty section to fill
            'The boxes are around the lesions that a radiologist outlined, the words are the result of the biopsy.')
     for exam in tour.real.exams().exam_id: s.figure(hanging(tour.real, tour.prepared_real, exam), f'{exam}: stored, with film borders and letters, and prepared.')
 
-# %% ../../nbs/report/05_tour.ipynb #ebcd3ea1
+# %% ../../nbs/report/05_tour.ipynb #1540edd8
 @tour_section(40, 'Learning curve')
 def learning_curve(tour, s): # the tour and the empty section to fill
     "Loss by epoch"
@@ -257,7 +257,7 @@ def learning_curve(tour, s): # the tour and the empty section to fill
     fig, axs = plt.subplots(1, 1+bool(other), figsize=(4.2*(1+bool(other)), 3), squeeze=False, layout='constrained')
     for c, text in (('train_loss', 'training patients'), ('valid_loss', 'validation patients')): axs[0, 0].plot(h.epoch+1, h[c], 'o-', ms=3, label=text)
     axs[0, 0].set(xlabel='epoch', ylabel='loss'); axs[0, 0].legend(fontsize=8)
-    for c in other: axs[0, 1].plot(h.epoch+1, h[c], 'o-', ms=3, label=c.replace('_', ' '))
+    for c in other: axs[0, 1].plot(h.epoch+1, h[c], 'o-', ms=3, label='AUC' if c == 'auc' else c.replace('_', ' '))
     for ax in axs[0]: ax.xaxis.get_major_locator().set_params(integer=True)
     if other: axs[0, 1].set(xlabel='epoch', ylabel='on validation patients'); axs[0, 1].legend(fontsize=8)
     s.figure(fig, 'Loss after each epoch. The last state is used; no epoch was picked by looking at test patients.', fmt='svg')
