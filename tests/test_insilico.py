@@ -94,3 +94,36 @@ def test_cohort_round_trip_draws_the_same_picture_from_the_table_alone(tmp_path)
     im = Cohort.read(tmp_path).images.iloc[-1]
     np.testing.assert_array_equal(read_mammogram(c.file(im.image_id), preset='raw').pixels,
                                   render(parse_settings(im.provenance), int(im.patient_index), int(im.exam_index), im.laterality, im.view))
+
+def test_decoys_draw_the_eye_too():
+    from mammo_nb.data.insilico import gaze_targets, shadows_of
+    s = Settings(seed=7, benign=0., prevalence=0., clumps=0., shadows=3.)
+    i = next(k for k in range(50) if not draw_patient(s, k).lesions)
+    got = gaze_targets(s, draw_patient(s, i), 0, 'L', 'CC')
+    assert len(got) == len(shadows_of(s, draw_patient(s, i), 0, 'L', 'CC')) > 0 and all(p > 0 for *_, p in got)
+
+def test_todays_reading_does_not_know_the_future():
+    "A visible cancer is in the findings whether or not follow-up lasts until its diagnosis; only its pathology is unknown then"
+    c = insilico_cohort(1500, seed=11, exams=1, prevalence=0.)
+    unknown = c.findings[c.findings.pathology.isna()]
+    assert len(unknown) > 3 and unknown.birads.notna().all() and unknown.years_before_diagnosis.isna().all()
+    later = c.findings[c.findings.pathology == 'malignant']
+    high = [f.birads.isin(['4A', '4B', '4C', '5']).mean() for f in (unknown, later)]
+    assert abs(high[0]-high[1]) < .35 and high[0] > .4
+
+def test_exam_birads_is_that_of_the_worst_finding():
+    c = insilico_cohort(60, seed=12, exams=1)
+    f = c.findings.merge(c.images[['image_id', 'exam_id', 'laterality', 'birads']], on='image_id', suffixes=('', '_breast'))
+    worst = f.groupby(['exam_id', 'laterality']).birads.max()
+    assert (worst == f.groupby(['exam_id', 'laterality']).birads_breast.first()).all()
+    assert not c.findings.lesion_id.str.contains('cancer|benign').any()
+
+def test_files_of_other_code_are_refused(tmp_path, monkeypatch):
+    from mammo_nb.data import insilico
+    c = insilico_cohort(1, **SMALL)
+    write_insilico(c, tmp_path, workers=1, progress=False)
+    next(tmp_path.rglob('*.dcm')).unlink()
+    write_insilico(c, tmp_path, workers=1, progress=False)  # what is missing is made again
+    assert len(list(tmp_path.rglob('*.dcm'))) == 8
+    monkeypatch.setattr(insilico, 'generator_hash', lambda: 'other')
+    with pytest.raises(InputError, match='other code'): write_insilico(c, tmp_path, workers=1, progress=False)

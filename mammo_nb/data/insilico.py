@@ -6,11 +6,12 @@
 __all__ = ['Settings', 'settings_name', 'parse_settings', 'Lesion', 'draw_shape', 'draw_place', 'doubling_time', 'draw_lesion',
            'Patient', 'draw_body', 'split_of', 'draw_fate', 'draw_patient', 'body_of', 'outline_of', 'shape_rng',
            'shadows_of', 'scene', 'marker', 'positioning', 'add_mole', 'render', 'add_shortcut', 'Truth', 'lesion_mask',
-           'truth', 'known_flow', 'read_birads', 'exam_name', 'image_rows', 'insilico_cohort', 'gaze_targets',
-           'write_patient', 'truth_table', 'write_insilico', 'insilico_v1']
+           'nipple_of', 'truth', 'known_flow', 'read_birads', 'exam_name', 'finding_birads', 'image_rows',
+           'insilico_cohort', 'gaze_targets', 'write_patient', 'truth_table', 'generator_hash', 'read_stamp',
+           'write_insilico', 'insilico_v1']
 
-# %% ../../nbs/data/20_insilico.ipynb #07cf1897
-import json
+# %% ../../nbs/data/20_insilico.ipynb #ca431c7b
+import hashlib, importlib, inspect, json, os
 from dataclasses import dataclass, field, fields, asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from .cohort import Cohort
 from .dicom import write_mammogram
 from .gaze import simulate_fixations, record, write_miceye
 from .phantom import (Grid, Lumps, Breast, Deformation, VBD, SHAPES, mass, calcifications, summation_shadow, parenchyma, inside, project, view_plane,
-    thickness_map, glandular_map, pectoral_map, draw_deformation, pixel_centres, deform, acquire, present)
+    thickness_map, with_density, glandular_map, pectoral_map, draw_deformation, pixel_centres, deform, acquire, present)
 
 # %% ../../nbs/data/20_insilico.ipynb #3ae6a370
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def split_of(
     u = stable_hash(settings.seed, 'split', index)/2**128
     return 'train' if u < .6 else 'valid' if u < .75 else 'test'
 
-# %% ../../nbs/data/20_insilico.ipynb #a27424f1
+# %% ../../nbs/data/20_insilico.ipynb #510fbcd2
 def draw_fate(
     rng:np.random.Generator, # source of randomness
     settings:Settings, # prevalence
@@ -209,20 +210,21 @@ def draw_patient(
     rng = lambda *keys: settings.rng('patient', index, *keys)
     pid, body = f'IS{settings.seed:04d}-{index:05d}', draw_body(rng('body'))
     fate = draw_fate(rng('fate'), settings, body['density'])
+    name = lambda *role: f'{pid}-{stable_hash(settings.seed, index, *role)%2**32:08x}' # says nothing about the lesion
     lesions = []
     if np.isfinite(fate['years_to_cancer']): # a cancer at the exam passed its threshold up to half a year before
-        lesions.append(draw_lesion(rng('cancer'), settings, f'{pid}-cancer', fate['cancer_side'], body['axes'], True,
+        lesions.append(draw_lesion(rng('cancer'), settings, name('cancer'), fate['cancer_side'], body['axes'], True,
             onset=fate['years_to_cancer'] or -float(rng('delay').uniform(0, .5))))
     for side in LATERALITIES:
-        lesions += [draw_lesion(rng('benign', side, i), settings, f'{pid}-{side}{i}', side, body['axes'], False) for i in range(rng('benign', side).poisson(settings.benign))]
-    clumps = [replace(draw_lesion(r := rng('clump', i), settings, f'{pid}-clump{i}', 'L', body['axes'], False), kind='mass', shape='irregular',
+        lesions += [draw_lesion(rng('benign', side, i), settings, name('benign', side, i), side, body['axes'], False) for i in range(rng('benign', side).poisson(settings.benign))]
+    clumps = [replace(draw_lesion(r := rng('clump', i), settings, name('clump', i), 'L', body['axes'], False), kind='mass', shape='irregular',
         diameter=float(r.uniform(14, 24)), contrast=float(settings.contrast*r.uniform(.3, .6))) for i in range(rng('clump').poisson(settings.clumps))]
     gaps = rng('times').uniform(1, 3, 4)[:settings.exams-1] # backwards from the current exam
     times = tuple(float(t) for t in -np.cumsum(gaps)[::-1])+(0.,)
     day = pd.Timestamp('2018-01-01')+pd.Timedelta(days=int(rng('day').integers(0, 1000)))
     return Patient(pid, index, **body, times=times, day=str(day.date()), lesions=tuple(lesions), clumps=tuple(clumps), **fate, split=split_of(settings, index))
 
-# %% ../../nbs/data/20_insilico.ipynb #feffb8e8
+# %% ../../nbs/data/20_insilico.ipynb #7cef96fd
 @lru_cache(maxsize=8)
 def body_of(
     settings:Settings, # the cohort
@@ -231,7 +233,7 @@ def body_of(
 )->Breast: # in its own frame
     "One breast of a patient"
     p, key = draw_patient(settings, index), ('patient', index, 'tissue')
-    return replace(outline_of(p), tissue=parenchyma(settings.rng(*key), settings.rng(*key, laterality), p.axes, settings.symmetry))
+    return with_density(replace(outline_of(p), tissue=parenchyma(settings.rng(*key), settings.rng(*key, laterality), p.axes, settings.symmetry)))
 
 def outline_of(
     patient:Patient # the patient
@@ -252,16 +254,16 @@ def shadows_of(
     exam:int, # index into `patient.times`, counted back from the last: 0 is the current exam
     laterality:str, # side
     view:str # the view in which they look like lesions
-)->list: # of `Lumps`
+)->list: # of (the `Lesion` that it looks like, its `Lumps`)
     "The summation shadows of one picture: new at every exam"
     rng, angle = settings.rng('patient', patient.index, 'shadows', exam, laterality, view), 0. if view == 'CC' else patient.mlo_angle
     out = []
     for i in range(rng.poisson(settings.shadows)):
-        l = draw_lesion(rng, settings, '', laterality, patient.axes, True)
-        out.append(summation_shadow(rng, replace(l, kind='mass').lumps(0, rng), angle))
+        l = replace(draw_lesion(rng, settings, '', laterality, patient.axes, True), kind='mass')
+        out.append((l, summation_shadow(rng, l.lumps(0, rng), angle)))
     return out
 
-# %% ../../nbs/data/20_insilico.ipynb #474c941f
+# %% ../../nbs/data/20_insilico.ipynb #277dc5c4
 def scene(
     settings:Settings, # the cohort
     patient:Patient, # the patient
@@ -277,7 +279,7 @@ def scene(
     extra = Lumps.none()
     for l in patient.clumps: extra += l.lumps(t, shape_rng(settings, l))
     for other in VIEWS: # the shadows of the other view are here too: dissolved
-        for s in shadows_of(settings, patient, exam, laterality, other): extra += s
+        for _, s in shadows_of(settings, patient, exam, laterality, other): extra += s
     parts = {l.lesion_id: project(l.lumps(t, shape_rng(settings, l)), grid, angle, v0) for l in patient.lesions if l.laterality == laterality}
     dense = dense+(project(extra, grid, angle, v0)+sum(parts.values()))*np.minimum(thick/breast.thickness*2, 1)
     return thick, np.minimum(dense, .95*thick), parts
@@ -392,7 +394,19 @@ def lesion_mask(
     out = np.zeros(grid.shape, bool); out[r, c] = depth > .2*depth.max()
     return out if out.any() else None
 
-# %% ../../nbs/data/20_insilico.ipynb #fe454e7a
+# %% ../../nbs/data/20_insilico.ipynb #9b13522e
+def nipple_of(
+    where:Deformation, # the positioning
+    grid:Grid, # the detector
+    breast:Breast, # its shape
+    view:str, # view
+    laterality:str # side
+)->tuple: # (row, col) in the stored picture; NaN, NaN if it lies outside
+    "Where the nipple is in a picture"
+    r, c = where.inverse(grid.pixels(breast.axes[0], breast.v0(view)))
+    if not (0 <= r <= grid.rows and 0 <= c <= grid.cols): return np.nan, np.nan
+    return float(r), float(grid.cols-c if laterality == 'R' else c)
+
 def truth(
     settings:Settings, # the cohort
     index:int, # the patient
@@ -406,13 +420,12 @@ def truth(
     u = where.field()
     warp = lambda m: deform(m, u.astype(np.float32), order=1) > 0
     masks = {l.lesion_id: lesion_mask(settings, l, breast, view, t, where) for l in p.lesions if l.laterality == laterality}
-    nipple = where.inverse(grid.pixels(p.axes[0], breast.v0(view)))
+    nipple = nipple_of(where, grid, breast, view, laterality)
     out = dict(breast=warp(thickness_map(breast, grid, view)), pectoral=warp(pectoral_map(breast, grid, view)), field=u)
     if laterality == 'R': # mirrored: columns run the other way
-        nipple = np.array([nipple[0], grid.cols-nipple[1]])
         out = {k: v[:, ::-1] for k, v in out.items()}; out['field'] = out['field']*[1, -1]
         masks = {k: None if m is None else m[:, ::-1] for k, m in masks.items()}
-    return Truth(**out, nipple=tuple(map(float, nipple)), masks={k: m for k, m in masks.items() if m is not None},
+    return Truth(**out, nipple=nipple, masks={k: m for k, m in masks.items() if m is not None},
         lesions={l.lesion_id: l for l in p.lesions if l.laterality == laterality}, time=t)
 
 # %% ../../nbs/data/20_insilico.ipynb #0f209d2b
@@ -450,7 +463,15 @@ def exam_name(
     date = pd.Timestamp(patient.day)+pd.Timedelta(days=round(365.25*patient.times[-1-exam]))
     return f'{patient.patient_id}-{date:%Y%m%d}', date
 
-# %% ../../nbs/data/20_insilico.ipynb #79721a07
+# %% ../../nbs/data/20_insilico.ipynb #6dc84ea7
+def finding_birads(
+    settings:Settings, # the cohort
+    lesion:Lesion, # a visible lesion
+    t:float # years, of the exam
+)->str: # the same in both views of an exam
+    "The reader's assessment of one lesion at one exam"
+    return read_birads(settings.rng('finding', lesion.lesion_id, t), lesion.malignant, lesion.contrast)
+
 def image_rows(
     settings:Settings, # the cohort
     index:int # the patient
@@ -460,20 +481,16 @@ def image_rows(
     for exam in reversed(range(settings.exams)):
         (exam_id, date), t = exam_name(p, exam), p.times[-1-exam]
         for side in LATERALITIES:
-            breast, own = outline_of(p), [l for l in p.lesions if l.laterality == side]
-            known = {l.lesion_id: l for l in own if not l.malignant or max(p.years_to_cancer, 0) <= p.years_followed}
-            seen = [l for l in known.values() if l.diameter_at(t) >= 5]
-            rng = settings.rng('patient', index, 'reading', exam, side)
-            worst = max(seen, key=lambda l: (l.malignant, l.contrast), default=None)
-            birads = read_birads(rng, worst and worst.malignant, worst.contrast if worst else 0)
+            breast, seen = outline_of(p), [l for l in p.lesions if l.laterality == side and l.diameter_at(t) >= 5]
+            birads = max((finding_birads(settings, l, t) for l in seen), default=None) or read_birads(settings.rng('patient', index, 'reading', exam, side), None)
             cancer = side == p.cancer_side and p.years_to_cancer <= p.years_followed
             for view in VIEWS:
                 image_id, where = f'{exam_id}-{side}-{view}', positioning(settings, index, exam, side, view)
-                nipple = where.inverse(grid.pixels(p.axes[0], breast.v0(view)))
+                nipple = nipple_of(where, grid, breast, view, side)
                 images.append(dict(image_id=image_id, patient_id=p.patient_id, exam_id=exam_id, exam_date=date, laterality=side, view=view,
                     path=f'images/{image_id}.dcm', rows=grid.rows, cols=grid.cols, pixel_spacing_mm=grid.mm, density=p.density, birads=birads, split=p.split,
                     years_to_cancer=p.years_to_cancer-t if cancer else np.nan, years_followed=(p.years_to_cancer if cancer else p.years_followed)-t,
-                    nipple_row=np.clip(nipple[0], 0, grid.rows), nipple_col=np.clip(grid.cols-nipple[1] if side == 'R' else nipple[1], 0, grid.cols),
+                    nipple_row=nipple[0], nipple_col=nipple[1],
                     manufacturer='mammo_nb phantom', gaze_path=f'gaze/{image_id}.txt', provenance=settings_name(settings), exam_index=exam, patient_index=index))
                 for l in seen: found += _finding_row(settings, p, l, breast, image_id, view, t, where)
     return images, found
@@ -482,11 +499,11 @@ def _finding_row(settings, p, lesion, breast, image_id, view, t, where):
     m = lesion_mask(settings, lesion, breast, view, t, where)
     if m is None: return []
     box = mask_box(m[:, ::-1] if lesion.laterality == 'R' else m)
-    birads = read_birads(settings.rng('finding', lesion.lesion_id, t), lesion.malignant, lesion.contrast)
+    birads, known = finding_birads(settings, lesion, t), not lesion.malignant or max(p.years_to_cancer, 0) <= p.years_followed
     biopsied = birads >= '4' or (birads == '3' and settings.rng('biopsy', lesion.lesion_id).uniform() < .1)
     return [dict(finding_id=f'{image_id}:{lesion.lesion_id}', image_id=image_id, lesion_id=lesion.lesion_id, kind=lesion.kind, **dict(zip(('xmin', 'ymin', 'xmax', 'ymax'), box)),
-        mask_path=f'masks/{image_id}_{lesion.lesion_id}.png', birads=birads, pathology='malignant' if lesion.malignant else 'benign', biopsied=float(biopsied),
-        years_before_diagnosis=max(p.years_to_cancer, 0)-t if lesion.malignant else np.nan, shape=lesion.shape if lesion.kind == 'mass' else np.nan, diameter_mm=lesion.diameter_at(t))]
+        mask_path=f'masks/{image_id}_{lesion.lesion_id}.png', birads=birads, pathology=('malignant' if lesion.malignant else 'benign') if known else np.nan, biopsied=float(biopsied),
+        years_before_diagnosis=max(p.years_to_cancer, 0)-t if lesion.malignant and known else np.nan, shape=lesion.shape if lesion.kind == 'mass' else np.nan, diameter_mm=lesion.diameter_at(t))]
 
 # %% ../../nbs/data/20_insilico.ipynb #37bc9fa3
 def insilico_cohort(
@@ -503,16 +520,22 @@ def insilico_cohort(
     rows = [image_rows(s, i) for i in range(n_patients)]
     return Cohort(pd.DataFrame([r for a, _ in rows for r in a]), pd.DataFrame([r for _, b in rows for r in b]), root)
 
-# %% ../../nbs/data/20_insilico.ipynb #e2112ac3
+# %% ../../nbs/data/20_insilico.ipynb #4bcd6c8e
 def gaze_targets(
-    y:Truth, # of the picture
-    settings:Settings # typical contrast
-)->list: # (row, col, pull)
-    "What draws the eye: lesions, by their contrast and size"
+    settings:Settings, # the cohort
+    patient:Patient, # the patient
+    exam:int, # 0: current
+    laterality:str, # side
+    view:str # view
+)->list: # (row, col, pull), stored pixels
+    "What draws the eye, by contrast and size alone: lesions, dense clumps and this view's shadows"
+    breast, grid, where, t = outline_of(patient), settings.grid, positioning(settings, patient.index, exam, laterality, view), patient.times[-1-exam]
+    things = [l for l in patient.lesions if l.laterality == laterality and l.diameter_at(t) >= 3]+list(patient.clumps)
+    things += [l for l, _ in shadows_of(settings, patient, exam, laterality, view)]
     out = []
-    for k, m in y.masks.items():
-        l = y.lesions[k]; (r, c), pull = ndimage.center_of_mass(m), l.contrast/settings.contrast*(1.2 if l.malignant else .7)
-        out.append((r+.5, c+.5, float(pull*min(1, l.diameter_at(y.time)/12))))
+    for l in things:
+        r, c = where.inverse(grid.pixels(*view_plane([l.xyz], breast.angle(view), breast.v0(view))[0]))
+        out.append((r, grid.cols-c if laterality == 'R' else c, float(l.contrast/settings.contrast*min(1, l.diameter_at(t)/12)) if settings.contrast else 0.))
     return out
 
 def write_patient(
@@ -533,9 +556,9 @@ def write_patient(
         for f in findings:
             if f['image_id'] == im['image_id']: Image.fromarray(y.masks[f['lesion_id']].astype(np.uint8)*255).save(folder/f['mask_path'])
         rng = settings.rng('patient', index, 'gaze', exam, side, view)
-        fix = simulate_fixations(rng, ndimage.gaussian_filter(pixels*y.breast, 4.), gaze_targets(y, settings))
+        fix = simulate_fixations(rng, ndimage.gaussian_filter(pixels*y.breast, 4.), gaze_targets(settings, draw_patient(settings, index), exam, side, view))
         worst = next((f for f in findings if f['image_id'] == im['image_id'] and f['pathology'] == 'malignant'), None)
-        write_miceye(folder/im['gaze_path'], im['path'], worst is not None, record(rng, fix), [worst[k] for k in ('xmin', 'ymin', 'xmax', 'ymax')] if worst else ())
+        write_miceye(folder/im['gaze_path'], str(Path(im['path']).with_suffix('.png' if format == 'png' else '.dcm').as_posix()), worst is not None, record(rng, fix), [worst[k] for k in ('xmin', 'ymin', 'xmax', 'ymax')] if worst else ())
     return len(images)
 
 # %% ../../nbs/data/20_insilico.ipynb #f1a9aac9
@@ -552,7 +575,19 @@ def truth_table(
                 x_mm=l.xyz[0], y_mm=l.xyz[1], z_mm=l.xyz[2], diameter_mm=l.diameter_at(0), doubling_days=l.doubling_days, contrast=l.contrast))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/data/20_insilico.ipynb #8d4d75fc
+# %% ../../nbs/data/20_insilico.ipynb #be8e910e
+def generator_hash()->str: # 12 hex digits
+    "A hash of the code that draws and writes patients: files of other code are not taken for its own"
+    names = [f'mammo_nb.data.{m}' for m in ('phantom', 'gaze', 'dicom_file', 'insilico')]
+    return hashlib.sha256(''.join(inspect.getsource(importlib.import_module(n)) for n in names).encode()).hexdigest()[:12]
+
+def read_stamp(
+    path:Path # of `insilico.json`
+)->dict|None: # `None` where there is none, or half of one
+    "What a folder says that it holds"
+    try: return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError): return None
+
 def write_insilico(
     cohort:Cohort, # of `insilico_cohort`
     folder:str|Path, # where to; made if needed
@@ -570,16 +605,16 @@ def write_insilico(
     images = cohort.images if format == 'dicom' else cohort.images.assign(path=cohort.images.path.str.replace('.dcm', '.png'))
     out, stamp = Cohort(images, cohort.findings, folder), folder/'insilico.json'
     index = sorted(cohort.images.patient_index.astype(int).unique())
-    said = dict(settings=names[0], format=format, patients=list(map(int, index)))
-    if stamp.exists():
-        if json.loads(stamp.read_text()) == said: return out
-        raise InputError(folder, 'insilico.json', 'another in-silico cohort', 'an empty folder, or the same cohort')
+    said, there = dict(settings=names[0], format=format, code=generator_hash(), patients=list(map(int, index))), read_stamp(stamp)
+    if there is not None and there != said: raise InputError(folder, 'insilico.json', 'another in-silico cohort, or one of other code', 'an empty folder, or the same cohort')
+    if there == said and all((folder/p).is_file() for p in images.path): return out
     for d in ('images', 'masks', 'gaze'): (folder/d).mkdir(parents=True, exist_ok=True)
     jobs = Parallel(n_jobs=workers or cpu_count(), return_as='generator_unordered')(delayed(write_patient)(s, i, folder, format) for i in index)
     for _ in tqdm(jobs, total=len(index), desc='in-silico patients', disable=not progress): continue
     out.write(folder)
     t = truth_table(s, max(index, default=-1)+1); t[t.patient_id.isin(out.images.patient_id)].to_parquet(folder/'truth.parquet')
-    stamp.write_text(json.dumps(said)) # last: its presence says that all is there
+    part = stamp.with_name(f'.{stamp.name}.{os.getpid()}')
+    part.write_text(json.dumps(said)); os.replace(part, stamp) # last: its presence says that all is there
     return out
 
 # %% ../../nbs/data/20_insilico.ipynb #d766cf6b

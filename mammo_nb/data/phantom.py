@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'SIZE_POWER', 'VBD', 'SHAPES', 'MU_FAT', 'MU_GLAND', 'Grid', 'Lumps', 'project', 'view_plane', 'lump_sizes',
            'inside', 'parenchyma', 'power_spectrum', 'power_law', 'Breast', 'thickness_map', 'pectoral_map',
-           'glandular_map', 'ball', 'mass_core', 'mass', 'calcifications', 'summation_shadow', 'Deformation',
-           'draw_deformation', 'pixel_centres', 'deform', 'acquire', 'present', 'detectability']
+           'with_density', 'glandular_map', 'ball', 'mass_core', 'mass', 'calcifications', 'summation_shadow',
+           'Deformation', 'draw_deformation', 'pixel_centres', 'deform', 'acquire', 'present', 'detectability']
 
 # %% ../../nbs/data/18_phantom.ipynb #d5ee45b1
 from dataclasses import dataclass, replace
@@ -196,18 +196,24 @@ def pectoral_map(
     depth = (1-grid.x[None]/w-top/h)/np.hypot(1/w, 1/h) # mm inside the edge of the triangle
     return np.clip(depth*.8, 0, .45*breast.thickness).astype(np.float32)
 
-# %% ../../nbs/data/18_phantom.ipynb #a2baac96
+# %% ../../nbs/data/18_phantom.ipynb #dbcc4aa1
+def with_density(
+    breast:Breast # with relative amounts
+)->Breast: # the same, its lumps in absolute amounts
+    "Scale the tissue of a breast to its volumetric density"
+    grid = Grid(96, 72, 2.5); t = thickness_map(breast, grid, 'CC')
+    g = project(breast.tissue, grid, 0.)*(t/breast.thickness)
+    return replace(breast, tissue=breast.tissue*(breast.fraction*t.sum()/max(g.sum(), 1e-9)))
+
 def glandular_map(
-    breast:Breast, # the breast
+    breast:Breast, # the breast, from `with_density`
     grid:Grid, # the detector
     view:str, # `CC` or `MLO`
     thickness:np.ndarray|None=None # [rows,cols] mm, made if not given
 )->np.ndarray: # [rows,cols] float32, mm of fibroglandular tissue along each ray
     "The fibroglandular tissue as this view sees it"
     t = thickness_map(breast, grid, view) if thickness is None else thickness
-    g = project(breast.tissue, grid, breast.angle(view), breast.v0(view))*(t/breast.thickness)
-    g *= breast.fraction*t.sum()/g.sum()
-    return np.minimum(g, .9*t)
+    return np.minimum(project(breast.tissue, grid, breast.angle(view), breast.v0(view))*(t/breast.thickness), .9*t)
 
 # %% ../../nbs/data/18_phantom.ipynb #155015ae
 SHAPES = ('round', 'lobulated', 'irregular', 'spiculated')
