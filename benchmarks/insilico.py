@@ -63,7 +63,7 @@ def main():
     cohort = write_insilico(insilico_cohort(a.patients, a.seed, exams=1), base/'files')
     prepared = prepare_cohort(cohort, base/'prepared', PrepareConfig(size=size))
     folder = base/f'{a.epochs}_{code_hash("mammo_nb.learners.two_view", "mammo_nb.data.cache")[:12]}'
-    jobs = [(v, s) for v in ('two_view', 'cc', 'mlo') for s in a.train_seeds] # the longest first
+    jobs = [(v, s) for s in a.train_seeds for v in ('two_view', 'cc', 'mlo')]
     done = dict(zip(jobs, Parallel(n_jobs=cores())(delayed(trained)(v, s, prepared, a.epochs, folder) for v, s in jobs)))
     runs = {v: [done[v, s] for s in a.train_seeds] for v in VIEWS}
     tables = {'auc': {v: [t[t.split == 'test'] for t in ts] for v, ts in runs.items()}, 'acc': {v: [called(t) for t in ts] for v, ts in runs.items()}}
