@@ -153,7 +153,7 @@ def mammo_predict(
     print(f'{n} pictures, {len(table)} predictions in {Path(out).name}/predictions.{format}; {left} files without. Research and teaching only, not for clinical use.')
     return 1 if left else 0
 
-# %% ../../nbs/cli/01_commands.ipynb #052eeead
+# %% ../../nbs/cli/01_commands.ipynb #56cf53f2
 @call_parse
 def mammo_tour(
     folder:str='_tour', # where everything is kept; the page is index.html in it
@@ -169,7 +169,7 @@ def mammo_tour(
     from mammo_nb.report.tour import TourConfig, run_tour
     asked = dict(n_patients=patients, epochs=epochs, seed=seed)
     try: run_tour(folder, TourConfig(**{k: v for k, v in asked.items() if v is not None}), workers, _say, not quiet)
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f'mammo_tour: {e}', file=sys.stderr)
         return 2
     return 0
