@@ -316,7 +316,7 @@ def prediction_table(tour, s): # the tour and the empty section to fill
 def limits(tour, s): # the tour and the empty section to fill
     "What nobody may conclude from this page"
     s.text('- That a cancer in a real patient is found. The model was trained on patients who do not exist, whose lesions follow a formula.\n'
-           '- That two views beat one in a clinic. Here they do because a lesion of the phantom is in both views and its decoys are not.\n'
+           '- That two views beat one in a clinic. Whether they do in this run is in the first table; the phantom was built so that they can, because its decoys are in one view only.\n'
            f'- Anything about real performance: {len(tour.real.exams())} real exams were shown, none was scored. An interval for two patients would be from 0 to 1.\n'
            '- That the probabilities mean anything outside this cohort, where cancer is common and drawn by the same dice as in training.\n'
            '- The effect of machine, hospital, age, ethnicity, implants or earlier surgery. The phantom has none of them, the films are of the 1990s.\n'
