@@ -283,7 +283,7 @@ def calibration(tour, s): # the tour and the empty section to fill
              'Eight bins of equal counts; bars: 95 %, bootstrap over patients. Below: how many breasts got each value.', fmt='svg')
     s.text('The share of cancers in the in-silico cohort is far above that of screening, so these probabilities would be wrong there whatever the curve.')
 
-# %% ../../nbs/report/05_tour.ipynb #3a1c74e6
+# %% ../../nbs/report/05_tour.ipynb #15b2ba00
 def breast_evidence(
     tour:Tour, # the tour
     prepared, # a `PreparedCohort`
@@ -302,8 +302,11 @@ def attention(tour, s): # the tour and the empty section to fill
     "Evidence maps of good and bad answers"
     s.text('The logit of a view is the sum of this map over its cells: orange speaks for cancer, blue against. Dashed boxes are the annotations, which the model has never seen.')
     b, test = breasts(tour.cohort), _rows(tour, 'test').sort_values('value', ascending=False)
-    picks = [(test[test.label == 1].iloc[0], 'The test breast with cancer and the highest probability.'), (test[test.label == 1].iloc[-1], 'The cancer that it likes least: a miss.'),
-             (test[test.label == 0].iloc[0], 'The test breast without cancer and the highest probability: its worst false alarm.')]
+    at = choose_threshold(_rows(tour, 'valid')).value
+    word = lambda v, low, high: low if v < at else high
+    first, last, alarm = test[test.label == 1].iloc[0], test[test.label == 1].iloc[-1], test[test.label == 0].iloc[0]
+    picks = [(first, 'The test breast with cancer and the highest probability.'), (last, f'The cancer with the lowest probability, {word(last.value, "a miss", "still found")} at the threshold.'),
+             (alarm, f'The test breast without cancer and the highest probability, {word(alarm.value, "no alarm", "a false alarm")} at the threshold.')]
     for p, text in picks: s.figure(breast_evidence(tour, tour.prepared, _breast(b, p)), text)
     real = breasts(tour.real)
     for p in real[real.n_findings > 0].itertuples(): s.figure(breast_evidence(tour, tour.prepared_real, p), f'Real: {p.exam_id} {p.laterality}, {"malignant" if p.label == 1 else "benign"}.')
