@@ -251,6 +251,14 @@ def test_gaze_moves_with_the_picture():
         p, g = centre(a[f'image_{v}']), centre(b[f'gaze_{v}'])
         assert (p-g).abs().max() < .3 and (p-centre(x[f'image_{v}'])).abs().max() > 2
     assert not torch.allclose(centre(a['image_cc'])-centre(x['image_cc']), centre(a['image_mlo'])-centre(x['image_mlo']), atol=.5)  # each view on its own
+    up, gaze = Augment(rotate=0, shift=0, scale=0, gain=0, gamma=0, flip=1)((x, y), split_idx=0)
+    assert torch.allclose(up['image_cc'], x['image_cc'].flip(-2), atol=1e-5) and torch.allclose(gaze['gaze_mlo'], y['gaze_mlo'].flip(-2), atol=1e-5)
+    half = Augment(rotate=0, shift=0, scale=0, gain=0, gamma=0, flip=.5)((x, y), split_idx=0)
+    turned = {v: (centre(half[0][f'image_{v}'])-centre(x[f'image_{v}'])).abs().max(1).values > 1 for v in ('cc', 'mlo')}
+    for v in ('cc', 'mlo'):
+        assert 5 < turned[v].sum() < 35  # of 40; a fair coin is outside once in a million
+        assert (centre(half[0][f'image_{v}'])-centre(half[1][f'gaze_{v}'])).abs().max() < .01  # the gaze goes along
+    assert not torch.equal(turned['cc'], turned['mlo'])
     same = Augment()((x, y), split_idx=1)
     assert torch.equal(same[0]['image_cc'], x['image_cc'])  # validation is left alone
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['read_pixels', 'code_version', 'Cache', 'PreparedCohort', 'prepare_cohort']
 
-# %% ../../nbs/data/16_cache.ipynb #e56df207
+# %% ../../nbs/data/16_cache.ipynb #3b7b73ee
 import hashlib, importlib, json, os, secrets, time, zlib
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -58,10 +58,16 @@ def _unpack(data:bytes)->Prepared:
     if zlib.crc32(mask, zlib.crc32(image, zlib.crc32(info.encode()))) != crc: raise ValueError('checksum')
     return Prepared(image.copy(), mask.copy(), Affine(np.array(o['affine'])), tuple(o['stored_shape']), o['laterality'], o['spacing_mm'], tuple(o['notes']))
 
-# %% ../../nbs/data/16_cache.ipynb #743c40ef
+# %% ../../nbs/data/16_cache.ipynb #3ec30ba5
+_UNDER = ('numpy', 'scipy', 'pydicom', 'pylibjpeg', 'pylibjpeg-libjpeg', 'pylibjpeg-openjpeg', 'pylibjpeg-rle', 'pyjpegls', 'pillow', 'python-gdcm')
+
+def _version(name):
+    try: return version(name)
+    except PackageNotFoundError: return 'not installed'
+
 @lru_cache
 def code_version()->str: # 16 hex digits
-    "A hash of the code that reads and prepares, and of the versions of the libraries under it"
+    "A hash of the code that reads and prepares, and of the versions of the libraries and decoders under it"
     todo, seen = [prepare.__module__, read_stored.__module__], {}
     while todo:
         name = todo.pop()
@@ -71,7 +77,7 @@ def code_version()->str: # 16 hex digits
         seen[name] = '\n'.join(l for l in lines if not l.startswith('#'))
         used = {getattr(v, '__module__', None) or '' for v in vars(module).values()}
         todo += [u for u in used if u.startswith('mammo_nb.')]
-    texts = [f'{k}\n{v}' for k, v in sorted(seen.items())] + [version(o) for o in ('numpy', 'scipy', 'pydicom')]
+    texts = [f'{k}\n{v}' for k, v in sorted(seen.items())] + [f'{o} {_version(o)}' for o in _UNDER]
     return hashlib.sha256('\0'.join(texts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/16_cache.ipynb #fe3fb08e

@@ -343,7 +343,7 @@ def summary(self:Cohort)->pd.DataFrame: # a row a split and one for all; counts
 @patch
 def _repr_html_(self:Cohort): return f'<p>{self!r}</p>' + self.summary().to_html()
 
-# %% ../../nbs/data/05_cohort.ipynb #2e7eeebb
+# %% ../../nbs/data/05_cohort.ipynb #e5ffb73b
 def _chest_side(x):
     "The side of the picture at which the breast meets the border: `left` or `right`"
     x = x[::max(1, x.shape[0]//200), ::max(1, x.shape[1]//200)].astype('float32')
@@ -363,7 +363,7 @@ def _panel(ax, key, x, boxes, labels, chest, size):
     "One picture of the hanging, its chest wall on the inner side, all in one scale"
     ax.set(xticks=[], yticks=[], xlim=(0, size[1]), ylim=(size[0], 0), aspect='equal', facecolor='black', anchor='E' if key[0] == 'R' else 'W')
     ax.spines[:].set_visible(False)
-    ax.text(.03 if key[0] == 'R' else .97, .98, key, color='w', fontsize=9, va='top', ha='left' if key[0] == 'R' else 'right', transform=ax.transAxes)
+    ax.text(.03 if key[0] == 'R' else .97, .02, key, color='w', fontsize=9, va='bottom', ha='left' if key[0] == 'R' else 'right', transform=ax.transAxes)
     if x is None: return ax.text(.5, .5, f'{key}\nmissing', color='.6', ha='center', va='center', transform=ax.transAxes)
     (h, w), wall = x.shape, 'right' if key[0] == 'R' else 'left'
     mirror = chest != 'stored' and (_chest_side(x) if chest == 'auto' else 'left') != wall

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEW_NAMES', 'Sample', 'TwoViewInputs', 'TwoViewTargets', 'gaze_map', 'TwoViewDataset', 'random_moves', 'move',
-           'Augment', 'Retype', 'SampleDL', 'labelled_rows', 'two_view_dls']
+           'upside_down', 'Augment', 'Retype', 'SampleDL', 'labelled_rows', 'two_view_dls']
 
 # %% ../../nbs/data/30_samples.ipynb #dc8cfef6
 import hashlib, json, random
@@ -172,7 +172,15 @@ def move(
     theta = torch.stack([c, -d/r, c-1-t[:,0], d*r, c, d*r-t[:,1]], 1).view(-1, 2, 3)  # about (x,y) = (-1,0), the chest wall
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode=padding, align_corners=False)
 
-# %% ../../nbs/data/30_samples.ipynb #bb787497
+# %% ../../nbs/data/30_samples.ipynb #3eff4fa0
+def upside_down(
+    which:Tensor, # [B] bool: the samples to turn
+    *maps:Tensor # [B,C,H,W] each
+)->tuple: # the maps, with the rows of those samples in reverse order
+    "Turn some samples of a batch upside down"
+    return tuple(torch.where(which[:,None,None,None], m.flip(-2), m) for m in maps)
+
+# %% ../../nbs/data/30_samples.ipynb #47db086d
 class Augment(ItemTransform):
     "Small movements and changes of exposure, on a batch, in training only"
     split_idx = 0
@@ -181,9 +189,10 @@ class Augment(ItemTransform):
         shift:float=.04, # largest shift, part of the picture
         scale:float=.08, # largest change of size
         gain:float=.1, # largest change of brightness
-        gamma:float=.1 # largest change of the exponent
+        gamma:float=.1, # largest change of the exponent
+        flip:float=0. # chance that a picture is turned upside down, 0 to 1
     ):
-        for k,v in dict(rotate=rotate, shift=shift, scale=scale, gain=gain, gamma=gamma).items(): check_range(v, 0, 45 if k == 'rotate' else .9, 'Augment', k)
+        for k,v in dict(rotate=rotate, shift=shift, scale=scale, gain=gain, gamma=gamma, flip=flip).items(): check_range(v, 0, dict(rotate=45, flip=1).get(k, .9), 'Augment', k)
         super().__init__()
         store_attr()
 
@@ -195,6 +204,7 @@ class Augment(ItemTransform):
             gain, gamma = ((1+k)**torch.empty(len(im), 1, 1, 1, device=im.device).uniform_(-1, 1) for k in (self.gain, self.gamma))
             x[f'image_{v}'] = (gain*move(im, moves).clamp(0, 1)**gamma).clamp(0, 1)
             y[f'gaze_{v}'] = move(y[f'gaze_{v}'], moves, 'zeros', im.shape[-1]/im.shape[-2])
+            if self.flip: x[f'image_{v}'], y[f'gaze_{v}'] = upside_down(torch.rand(len(im), device=im.device) < self.flip, x[f'image_{v}'], y[f'gaze_{v}'])
         return x, y
 
 # %% ../../nbs/data/30_samples.ipynb #139afb73

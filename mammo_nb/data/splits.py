@@ -15,7 +15,7 @@ from ..core.errors import InputError, check_in
 from ..core.seeding import stable_hash
 from .cohort import Cohort, breasts
 
-# %% ../../nbs/data/10_splits.ipynb #1563b62c
+# %% ../../nbs/data/10_splits.ipynb #e1cba30a
 SPLITS = ('train', 'valid', 'test')
 
 class LeakError(InputError):
@@ -26,10 +26,10 @@ def leaking_patients(
     *cohorts:Cohort # looked at together
 )->pd.Series: # patient_id -> the splits it is in, as text; empty if all is well
     "The patients that are in more than one split"
-    t = pd.concat([o.images[['provenance', 'patient_id', 'split']] for o in cohorts]).dropna(subset='split').drop_duplicates()
+    t = pd.concat([o.images[['patient_id', 'split']] for o in cohorts]).dropna(subset='split').drop_duplicates()
     t = t.assign(order=t.split.map(SPLITS.index)).sort_values(['patient_id', 'order'])
-    joined = t.groupby(['provenance', 'patient_id'], dropna=False).split.agg(' and '.join)
-    return joined[joined.str.contains(' and ')].droplevel('provenance').rename('splits')
+    joined = t.groupby('patient_id').split.agg(' and '.join)
+    return joined[joined.str.contains(' and ')].rename('splits')
 
 def check_split(
     *cohorts:Cohort # one, or several that are to be used together

@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'LEAD', 'TourConfig', 'Tour', 'OneLine', 'one_thread', 't
            'make_section', 'in_short', 'hanging', 'insilico_exam', 'real_exams', 'learning_curve', 'roc', 'calibration',
            'breast_evidence', 'attention', 'prediction_table', 'limits', 'made_of', 'run_tour']
 
-# %% ../../nbs/report/05_tour.ipynb #59be9129
+# %% ../../nbs/report/05_tour.ipynb #7e64c1ab
 import importlib, pkgutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from ..data.cohort import Cohort, breasts, show_exam
 from ..data.datasets.cbis_ddsm import two_exams
 from ..data.insilico import insilico_v1
 from ..data.prepare import PrepareConfig
-from ..data.samples import two_view_dls
+from ..data.samples import Augment, two_view_dls
 import mammo_nb.core.fastai_import
 from fastai.callback.core import Callback
 from ..learners.two_view import load_model, predict, save_model, two_view_learner
@@ -33,7 +33,7 @@ from .overlay import evidence, show_evidence
 from .page import Section, page_html, write_page
 from .stages import Monitor, Stages, code_hash
 
-# %% ../../nbs/report/05_tour.ipynb #c70fea2f
+# %% ../../nbs/report/05_tour.ipynb #3cd26a40
 @dataclass(frozen=True)
 class TourConfig:
     "Every choice of the tour"
@@ -46,6 +46,7 @@ class TourConfig:
     epochs: int = 10 # of training
     lr: float = 3e-3 # largest learning rate
     batch: int = 16 # breasts
+    flip: float = .5 # chance that a training picture is turned upside down
     n_boot: int = 2000 # resamples of patients
 
     def __post_init__(self):
@@ -104,7 +105,7 @@ def prepared(self:Tour): "The in-silico cohort, prepared"; return self.once('pre
 @patch(as_prop=True)
 def prepared_real(self:Tour): "The real exams, prepared"; return self.once('prepared_real', lambda: self.prepare(self.real, 'real'))
 
-# %% ../../nbs/report/05_tour.ipynb #27df0a7a
+# %% ../../nbs/report/05_tour.ipynb #7c45a0e1
 class OneLine(Callback):
     "Say one line an epoch"
     order = 60  # after the Recorder has its numbers
@@ -128,7 +129,7 @@ def train_two_view(
 ): # nothing; writes `model.*` and `history.csv`
     "Train the two-view baseline and write it down"
     c = tour.config
-    dls = two_view_dls(tour.prepared, bs=c.batch, seed=c.train_seed)
+    dls = two_view_dls(tour.prepared, bs=c.batch, seed=c.train_seed, augment=Augment(flip=c.flip))
     learn = two_view_learner(dls, backbone=c.backbone, stride=c.stride, seed=c.train_seed, cbs=[OneLine(tour.stages.tell)])
     with learn.no_bar(), learn.no_logging(), one_thread(): learn.fit_one_cycle(c.epochs, c.lr)
     save_model(learn, folder/'model')
@@ -138,7 +139,7 @@ def train_two_view(
 def _train(tour):
     c, p = tour.config, tour.prepared
     key = dict(cohort=tour.stages.key('cohort'), prepare=tour.prepare_config.text, failed=sorted(p.failures.image_id), torch=torch.__version__, train_seed=c.train_seed,
-               backbone=c.backbone, stride=c.stride, epochs=c.epochs, lr=c.lr, batch=c.batch, code=code_hash('mammo_nb.learners.two_view', 'mammo_nb.data.cache', 'mammo_nb.data.samples'))
+               backbone=c.backbone, stride=c.stride, epochs=c.epochs, lr=c.lr, batch=c.batch, flip=c.flip, code=code_hash('mammo_nb.learners.two_view', 'mammo_nb.data.cache', 'mammo_nb.data.samples'))
     return tour.stages.run('model', key, lambda d: train_two_view(tour, d))
 
 @patch(as_prop=True)
