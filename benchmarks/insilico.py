@@ -61,6 +61,7 @@ def main():
     size, name = (192, 144), settings_name(Settings(seed=a.seed, exams=1))
     config = dict(cohort=name, patients=a.patients, size=size, epochs=a.epochs, flip=FLIP)
     bench = Bench('insilico', a.seed, config, f'about {round(a.patients/1600*(6+2.5*a.epochs*len(a.train_seeds)/3))} minutes on 2 cores, most of it to train {3*len(a.train_seeds)} models', train_seeds=a.train_seeds)
+    if bench.done('two_view - best_single', 'acc'): return print('  all rows are there already, for this commit and these settings')
     base = ROOT/'.cache'/'insilico'/f'{name.replace(" ", "_")}_{a.patients}_{code_hash("mammo_nb.data.insilico")[:12]}'
     cohort = write_insilico(insilico_cohort(a.patients, a.seed, exams=1), base/'files')
     prepared = prepare_cohort(cohort, base/'prepared', PrepareConfig(size=size))

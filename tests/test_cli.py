@@ -2,7 +2,8 @@
 import json, os, random, re, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from mammo_nb.cli.commands import mammo_predict, mammo_tour
+from mammo_nb.cli import commands
+from mammo_nb.cli.commands import mammo_predict, mammo_prepare, mammo_tour
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.datasets.folder import dicom_folder
 from mammo_nb.data.dicom_file import write_mammogram
@@ -93,6 +94,117 @@ def test_predict_of_nothing(model, tmp_path, capsys):
     (tmp_path/'empty').mkdir()
     status, _, err = here(capsys, tmp_path/'empty', model, out=tmp_path/'o')
     assert status == 2 and 'none that can be used' in err
+
+def test_predict_of_nothing_keeps_an_earlier_run(dicoms, model, tmp_path, capsys):
+    (tmp_path/'empty').mkdir()
+    assert here(capsys, dicoms, model, out=tmp_path/'o')[0] == 1
+    before = content(tmp_path/'o')
+    assert here(capsys, tmp_path/'empty', model, out=tmp_path/'o')[0] == 2
+    assert content(tmp_path/'o') == before
+
+# -- a folder that holds an earlier run
+
+def content(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+def test_predict_replaces_its_own_results_and_nothing_else(dicoms, model, tmp_path, capsys):
+    (tmp_path/'few').mkdir()
+    for n in (0, 1): (tmp_path/f'few/{n}.dcm').write_bytes((dicoms/f'{n}.dcm').read_bytes())
+    assert here(capsys, dicoms, model, out=tmp_path/'o')[0] == 1
+    mine = {'overlays/mine.png':b'1', 'notes.txt':b'2', 'predictions.xlsx':b'3', 'sub/left_out.csv':b'4'}
+    for name, text in mine.items(): (tmp_path/'o'/name).parent.mkdir(exist_ok=True); (tmp_path/'o'/name).write_bytes(text)
+    assert here(capsys, tmp_path/'few', model, out=tmp_path/'o', format='parquet')[0] == 0
+    assert here(capsys, tmp_path/'few', model, out=tmp_path/'fresh', format='parquet')[0] == 0
+    assert content(tmp_path/'o') == content(tmp_path/'fresh') | mine
+    assert len(list((tmp_path/'o/overlays').glob('*.png'))) == 2  # one breast, and mine
+
+@pytest.mark.parametrize('step', ['_write_overlays', '_list_notes', '_take_place'])
+@pytest.mark.parametrize('error,status', [(OSError(28, 'No space left on device'), 2), (KeyboardInterrupt(), None)])
+def test_predict_that_is_stopped_leaves_the_earlier_results(dicoms, model, tmp_path, capsys, monkeypatch, step, error, status):
+    (tmp_path/'one').mkdir(); (tmp_path/'one/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes()); (tmp_path/'o').mkdir()
+    earlier = {'predictions.csv':b'earlier', 'overlays/x-L.png':b'earlier', 'left_out.csv':b'earlier'}
+    for name, text in earlier.items(): (tmp_path/'o'/name).parent.mkdir(exist_ok=True); (tmp_path/'o'/name).write_bytes(text)
+    def stop(*args): raise error
+    monkeypatch.setattr(commands, step, stop)
+    if status is None: pytest.raises(KeyboardInterrupt, here, capsys, tmp_path/'one', model, out=tmp_path/'o')
+    else: assert here(capsys, tmp_path/'one', model, out=tmp_path/'o')[0] == status
+    assert content(tmp_path/'o') == earlier
+
+def test_a_table_is_there_only_with_all_that_belongs_to_it(dicoms, model, tmp_path, capsys, monkeypatch):
+    (tmp_path/'one').mkdir(); (tmp_path/'one/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes())
+    assert here(capsys, tmp_path/'one', model, out=tmp_path/'o')[0] == 0
+    (tmp_path/'o/.mammo_predict').mkdir(); (tmp_path/'o/.mammo_predict/predictions.parquet').write_text('of a run that was killed')
+    real, moved = os.replace, []
+    def replace(a, b):
+        if Path(b).parent == tmp_path/'o' or Path(b).parent.name == 'overlays': moved.append(Path(b).name); assert not (tmp_path/'o/predictions.csv').exists()
+        real(a, b)
+    monkeypatch.setattr(commands.os, 'replace', replace)
+    assert here(capsys, tmp_path/'one', model, out=tmp_path/'o')[0] == 0
+    assert moved[-1] == 'predictions.csv' and len(moved) == 5
+    assert not (tmp_path/'o/.mammo_predict').exists() and not (tmp_path/'o/predictions.parquet').exists()
+
+@pytest.mark.parametrize('out', ['file', 'file/in'])
+def test_predict_into_what_is_no_folder(dicoms, model, tmp_path, capsys, out):
+    (tmp_path/'file').touch()
+    status, _, err = here(capsys, dicoms, model, out=tmp_path/out)
+    assert status == 2 and len(err.strip().splitlines()) == 1 and 'file' in err
+
+# -- what is said about the pictures
+
+def prepare(capsys, folder, cache, **kwargs):
+    status = mammo_prepare(str(folder), str(cache), size='64x48', workers=1, quiet=True, **kwargs)
+    return status, *capsys.readouterr()
+
+def test_notes_and_repeated_views(model, tmp_path, capsys):
+    d = tmp_path/'d'; d.mkdir(); window = (1300, 2600)
+    write_mammogram(d/'a.dcm', picture('L', 'CC', 0), 'L', 'CC', window=window, extra=dict(BreastImplantPresent='YES'))
+    write_mammogram(d/'b.dcm', picture('L', 'CC', 1), 'L', 'CC', window=window)
+    write_mammogram(d/'c.dcm', picture('L', 'MLO', 2), 'R', 'MLO', window=window)  # the chest wall is at the wrong side
+    write_mammogram(d/'d.dcm', picture('R', 'CC', 3), 'R', 'CC', window=window)
+    write_mammogram(d/'A.dcm', picture('R', 'CC', 3), 'R', 'CC', window=window, intent='FOR PROCESSING')
+    def check(folder, out):
+        notes = pd.read_csv(folder/'notes.csv').set_index('path').notes.to_dict()
+        assert list(notes) == ['a.dcm', 'b.dcm', 'c.dcm'] and notes['a.dcm'] == 'implant present'
+        assert 'the view is repeated in the exam: mammo_predict uses' in notes['b.dcm'] and 'the chest wall is at the left' in notes['c.dcm']
+        assert '3 of 4 pictures have notes' in out and '1 of 4 pictures: prepared, but not used by mammo_predict' in out
+    status, out, err = prepare(capsys, d, tmp_path/'c')
+    assert status == 1 and err == '' and '1 x raw picture (FOR PROCESSING)' in out
+    check(tmp_path/'c', out)
+    status, out, err = here(capsys, d, model, out=tmp_path/'o', overlays=False)
+    assert status == 1, err
+    check(tmp_path/'o', out)
+    assert 'A.dcm' not in pd.read_csv(tmp_path/'o/images.csv').path.tolist()
+
+def test_raw_pictures_if_asked_for(model, tmp_path, capsys):
+    (tmp_path/'d').mkdir()
+    write_mammogram(tmp_path/'d/a.dcm', picture('L', 'CC', 0), 'L', 'CC', intent='FOR PROCESSING')
+    assert prepare(capsys, tmp_path/'d', tmp_path/'c')[0] == 2
+    assert prepare(capsys, tmp_path/'d', tmp_path/'c', raw=True)[0] == 0
+    assert 'raw detector data' in pd.read_csv(tmp_path/'c/notes.csv').notes[0]
+    assert here(capsys, tmp_path/'d', model, out=tmp_path/'o', overlays=False)[0] == 2
+    assert here(capsys, tmp_path/'d', model, out=tmp_path/'o', overlays=False, raw=True)[0] == 0
+
+@pytest.mark.parametrize('names,said', [((), 'none that can be used, expected'), (('a.png', 'b.TIF', 'in/c.pgm', 'd.pdf', '.e.png'), '3 PNG, TIFF or PGM files were passed over')])
+def test_prepare_of_nothing(tmp_path, capsys, names, said):
+    (tmp_path/'d/in').mkdir(parents=True)
+    for name in names: (tmp_path/'d'/name).write_bytes(b'x')
+    status, _, err = prepare(capsys, tmp_path/'d', tmp_path/'c')
+    assert status == 2 and said in err and len(err.strip().splitlines()) == 1
+    assert ('need a table' in err) == bool(names)
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names that other systems refuse')
+def test_one_odd_file_does_not_stop_the_others(dicoms, tmp_path, capsys):
+    d = tmp_path/'d'; d.mkdir()
+    for name in ('good.dcm', ' a.dcm', 'a\\b.dcm', os.fsdecode(b'\xe9t\xe9.dcm')): (d/name).write_bytes((dicoms/'0.dcm').read_bytes())
+    (d/'link').symlink_to(dicoms, target_is_directory=True)
+    status, out, err = prepare(capsys, d, tmp_path/'c')
+    assert status == 1 and err == '' and '1 images are prepared' in out
+    assert sorted(pd.read_csv(tmp_path/'c/failures.csv').path) == [' a.dcm', '\\xe9t\\xe9.dcm', 'a\\b.dcm', 'link']
+
+@pytest.mark.parametrize('folder,cache', [('none', 'c'), ('file', 'c'), ('d', 'file'), ('d', 'file/in')])
+def test_prepare_says_what_is_wrong_in_one_line(dicoms, tmp_path, capsys, folder, cache):
+    (tmp_path/'d').mkdir(); (tmp_path/'d/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes()); (tmp_path/'file').touch()
+    status, _, err = prepare(capsys, tmp_path/folder, tmp_path/cache)
+    assert status == 2 and len(err.strip().splitlines()) == 1
 
 # -- the tour
 

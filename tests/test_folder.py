@@ -1,10 +1,11 @@
 "Folders as people hand them over: links, pipes, locked and broken files, odd names, the same numbers twice"
-import os
+import os, sys
 from pathlib import Path
 import numpy as np, pytest
 from mammo_nb.core.errors import InputError
+from mammo_nb.data.cohort import Cohort
 from mammo_nb.data.datasets.folder import dicom_files, dicom_folder
-from mammo_nb.data.dicom_file import write_mammogram
+from mammo_nb.data.dicom_file import BoundedReader, write_mammogram
 
 PX = np.arange(64*48, dtype=np.uint16).reshape(64, 48)
 
@@ -55,3 +56,75 @@ def test_empty_ids_need_folders(tmp_path):
 def test_hidden_files_are_left_alone(tmp_path):
     put(tmp_path/'.hidden/a.dcm'); put(tmp_path/'._a.dcm'); put(tmp_path/'b')
     assert [p.name for p in dicom_files(tmp_path)] == ['b']  # no ending, but it says DICM
+
+# -- one odd file, and what nobody looks into
+
+def reasons(left): return dict(zip(left.path, left.what))
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names that other systems refuse')
+@pytest.mark.parametrize('name', [' a.dcm', 'a.dcm ', 'a\\b.dcm', 'C:x.dcm', os.fsdecode(b'\xe9t\xe9.dcm'), ' in/a.dcm'])
+def test_a_name_that_no_table_takes_is_listed_and_the_rest_is_read(tmp_path, name):
+    for n in range(5): put(tmp_path/f'good {n}.dcm', exam_id=f'{n}')
+    put(tmp_path/name, 'R')
+    cohort, left = dicom_folder(tmp_path)
+    assert len(cohort) == 5 and left.what.tolist() == ['path'] and left.notna().all().all()
+    assert left.path[0] == os.fsencode(name).decode(errors='backslashreplace')
+    left.to_csv(tmp_path/'left.csv')  # it can be written
+    assert len(dicom_folder(tmp_path, 'folder')[0]) == 5
+
+@pytest.mark.parametrize('mm', [8, .001])
+def test_an_impossible_pixel_spacing_is_a_note(tmp_path, mm):
+    put(tmp_path/'a.dcm', pixel_spacing_mm=mm); put(tmp_path/'b.dcm', 'R', pixel_spacing_mm=.1)
+    cohort, left = dicom_folder(tmp_path)
+    assert len(left) == 0 and cohort.images.pixel_spacing_mm.isna().tolist() == [True, False]
+    assert f'pixel spacing is {mm:g} mm, expected 0.005 to 5: ignored' in cohort.images.notes[0] and 'spacing' not in cohort.images.notes[1]
+
+def test_a_wrong_argument_is_no_odd_file(tmp_path):
+    put(tmp_path/'a.dcm')
+    with pytest.raises(InputError, match='provenance'): dicom_folder(tmp_path, provenance=' x')
+
+@pytest.mark.skipif(os.name == 'nt', reason='links')
+def test_linked_folders_and_circles_are_listed(tmp_path):
+    out = put(tmp_path/'secret/a.dcm'); d = tmp_path/'d'; put(d/'in/b.dcm', 'R')
+    (d/'dir').symlink_to(out.parent, target_is_directory=True); (d/'in/up').symlink_to(d, target_is_directory=True); (d/'.hidden').symlink_to(d, target_is_directory=True)
+    (d/'round.dcm').symlink_to(d/'round.dcm')
+    cohort, left = dicom_folder(d)
+    assert cohort.images.path.tolist() == ['in/b.dcm'] and reasons(left) == {'dir':'link', 'in/up':'link', 'round.dcm':'file'}
+    assert left.found[left.path == 'dir'].item() == 'a link to a folder: not followed'
+
+def test_what_may_not_be_opened_is_listed(tmp_path, monkeypatch):
+    put(tmp_path/'a.dcm'); put(tmp_path/'shut/b.dcm'); put(tmp_path/'noname', 'R')
+    def refuse(real, name, error):
+        def opened(path, *args, **kwargs):
+            if Path(path).name == name: raise error
+            return real(path, *args, **kwargs)
+        return opened
+    monkeypatch.setattr(os, 'scandir', refuse(os.scandir, 'shut', PermissionError(13, 'Permission denied', str(tmp_path/'shut'))))
+    broken = OSError(5, 'Input/output error', str(tmp_path/'noname'))
+    monkeypatch.setattr('builtins.open', refuse(open, 'noname', broken))
+    monkeypatch.setattr('mammo_nb.data.dicom_file.BoundedReader', refuse(BoundedReader, 'noname', broken))
+    cohort, left = dicom_folder(tmp_path)
+    assert cohort.images.path.tolist() == ['a.dcm'] and reasons(left) == {'shut':'folder', 'noname':'file'}
+    assert set(left.found) == {'Permission denied', 'Input/output error'}
+
+# -- raw pictures
+
+@pytest.mark.parametrize('first', ['FOR PROCESSING', 'FOR PRESENTATION'])
+def test_the_picture_that_is_read_is_taken_whatever_the_names(tmp_path, first):
+    other = {'FOR PROCESSING':'FOR PRESENTATION', 'FOR PRESENTATION':'FOR PROCESSING'}[first]
+    put(tmp_path/'1.dcm', intent=first); put(tmp_path/'2.dcm', intent=other); put(tmp_path/'3.dcm', 'R', intent='FOR PROCESSING')
+    shown, raw = ('1.dcm', '2.dcm') if first == 'FOR PRESENTATION' else ('2.dcm', '1.dcm')
+    cohort, left = dicom_folder(tmp_path)
+    assert cohort.images.path.tolist() == [shown] and reasons(left) == {raw:'raw picture (FOR PROCESSING)', '3.dcm':'raw picture (FOR PROCESSING)'}
+    cohort, left = dicom_folder(tmp_path, raw=True)
+    assert dict(zip(cohort.images.path, cohort.images.intent)) == {shown:'FOR PRESENTATION', '3.dcm':'FOR PROCESSING'} and left.path.tolist() == [raw]
+
+def test_raw_pictures_are_told_by_the_sop_class_too(tmp_path):
+    put(tmp_path/'a.dcm', intent='FOR PROCESSING', extra=dict(PresentationIntentType=None))
+    assert dicom_folder(tmp_path)[1].what.tolist() == ['raw picture (FOR PROCESSING)']
+
+def test_notes_of_the_header_are_kept_through_writing(tmp_path):
+    put(tmp_path/'a.dcm', window=(100, 200), extra=dict(BreastImplantPresent='YES', PartialView='YES', BurnedInAnnotation='YES')); put(tmp_path/'b.dcm', 'R', window=(100, 200))
+    dicom_folder(tmp_path)[0].write(tmp_path/'c')
+    notes = Cohort.read(tmp_path/'c').images.notes
+    assert notes[0] == 'implant present; partial view: not the whole breast; text is burnt into the picture' and notes.isna().tolist() == [False, True]

@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['read_folder', 'parse_size', 'mammo_prepare', 'predict_folder', 'prepare_of', 'mammo_predict', 'mammo_tour']
 
-# %% ../../nbs/cli/01_commands.ipynb #f99cfc4b
-import sys, tempfile
+# %% ../../nbs/cli/01_commands.ipynb #4ecb061f
+import os, shutil, sys, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from fastcore.script import call_parse, bool_arg
 from ..core.errors import InputError
 from ..data.prepare import PrepareConfig
 
-# %% ../../nbs/cli/01_commands.ipynb #09ea67b0
+# %% ../../nbs/cli/01_commands.ipynb #fbb8759d
 def read_folder(
     folder:str|Path, # a cohort's folder, or any folder with DICOM files
-    group:str='tags' # without a cohort: patient and exam by their `tags`, or each `folder` is an exam
+    group:str='tags', # without a cohort: patient and exam by their `tags`, or each `folder` is an exam
+    raw:bool=False # without a cohort: take raw pictures (`FOR PROCESSING`) where a view has no other
 )->tuple: # `(Cohort, left out)`; the second a DataFrame: `path, what, found, expected`
     "The cohort of a folder, whatever kind of folder it is"
     from mammo_nb.data.cohort import Cohort
     from mammo_nb.data.datasets.folder import dicom_folder
-    if not (Path(folder)/'images.parquet').exists(): return dicom_folder(folder, group)
+    if not (Path(folder)/'images.parquet').exists(): return dicom_folder(folder, group, raw=raw)
     import pandas as pd
     return Cohort.read(folder), pd.DataFrame(columns=['path', 'what', 'found', 'expected'], dtype=str)
 
@@ -32,42 +34,81 @@ def parse_size(
     if len(parts) > 2 or not all(p.strip().isdigit() for p in parts): raise InputError('--size', 'size', repr(text), 'ROWSxCOLUMNS, like 384x288')
     return tuple(int(p) for p in (parts*2)[:2])
 
-# %% ../../nbs/cli/01_commands.ipynb #f39025f2
-def _report(prepared, left, folder, shown=20):
-    "Prints what happened; the table of all failures is written beside the entries"
+# %% ../../nbs/cli/01_commands.ipynb #654b4cfd
+def _wrong(command, e):
+    "Says in one line what is wrong; the exit status"
+    said = f'{e.filename}: {e.strerror}' if isinstance(e, OSError) and e.filename and e.strerror else str(e)
+    print(f'{command}: ' + ' '.join(said.splitlines()), file=sys.stderr)
+    return 2
+
+def _write(table, path):
+    part = path.with_name(f'.{path.name}')
+    table.to_csv(part, index=False)
+    os.replace(part, path)
+
+def _list_left_out(prepared, left, path, shown=20):
+    "Writes and prints what could not be used; how many"
     import pandas as pd
     bad = pd.concat([left.assign(image_id=''), prepared.failures])[['image_id', 'path', 'what', 'found', 'expected']]
-    bad.to_csv(folder/'failures.csv', index=False)
-    print(f'{len(prepared)} images are prepared: {prepared.reused} reused, {prepared.made} made. {len(prepared.failures)} failed, {len(left)} files are no usable mammograms.')
+    _write(bad, path)
     for o in bad.head(shown).itertuples(): print(f'  {o.path}: {o.what}: found {o.found}, expected {o.expected}')
-    if len(bad) > shown: print(f'  and {len(bad)-shown} more in failures.csv')
-    return 0 if len(bad) == 0 else 1 if len(prepared) else 2
+    if len(bad) > shown: print(f'  and {len(bad)-shown} more')
+    return len(bad)
 
+# %% ../../nbs/cli/01_commands.ipynb #3cee190e
+def _list_notes(prepared, path):
+    "Writes what had to be said about the pictures, prints how many there are, and how many a model does not look at"
+    import pandas as pd
+    im, rows = prepared.cohort.images, []
+    used = im.groupby(['exam_id', 'laterality', 'view']).image_id.transform('first')
+    for o, first in zip(im.to_dict('records'), used):
+        known = o['notes'] if isinstance(o.get('notes'), str) else ''
+        entry = prepared.cache.load(prepared.keys[o['image_id']])
+        said = [known] + [n for n in (entry.notes if entry else ()) if n not in known]
+        if first != o['image_id']: said.append(f'the view is repeated in the exam: mammo_predict uses {first}')
+        if any(said): rows.append((o['image_id'], o['path'], '; '.join(filter(None, said))))
+    _write(pd.DataFrame(rows, columns=['image_id', 'path', 'notes']), path)
+    if len(im): print(f'{len(rows)} of {len(im)} pictures have notes, see {path.name}.')
+    n = int((used != im.image_id).sum())
+    if n: print(f'{n} of {len(im)} pictures: prepared, but not used by mammo_predict, because the view is repeated in the exam (the first is used).')
+
+def _need_pictures(folder, prepared):
+    "Raises `InputError` if nothing could be prepared"
+    from mammo_nb.data.datasets.folder import other_pictures
+    if len(prepared): return
+    n = 0 if (Path(folder)/'images.parquet').exists() else len(other_pictures(folder))
+    raise InputError(folder, 'mammograms', 'none that can be used' + (f'; {n} PNG, TIFF or PGM files were passed over' if n else ''), 'CC and MLO pictures in DICOM files' +
+        ('; pictures without a DICOM header need a table that says patient, exam, side and view: Cohort(table, root=folder).write(folder), see data.cohort' if n else ''))
+
+# %% ../../nbs/cli/01_commands.ipynb #c71063ea
 @call_parse
 def mammo_prepare(
     folder:str, # a cohort (with images.parquet), or any folder with DICOM files
-    cache:str, # folder of the prepared images, made if needed
+    cache:str, # folder of the prepared images, made if needed; failures.csv and notes.csv are written there too
     size:str='384x288', # ROWSxCOLUMNS of a prepared image
     preset:str='voi_lut', # voi_lut or minmax
     spacing_mm:float=None, # mm a prepared pixel, the same for all; default: as large as the frame allows
     crop:bool_arg=True, # cut to the breast
     on_mismatch:str='follow', # chest wall at the wrong side: follow the pixels, or raise
     group:str='tags', # without a cohort: patient and exam by their tags, or each folder is an exam
+    raw:bool=False, # without a cohort: take raw pictures (FOR PROCESSING) where a view has no other
     workers:int=None, # processes, default: one a core
     quiet:bool=False # no progress bar
 )->int: # exit status: 0 all done, 1 some failed, 2 nothing could be done
-    "Prepare the mammograms of a folder"
+    "Prepare the mammograms of a folder. Exit status: 0 all done, 1 some failed (failures.csv), 2 nothing could be done"
     from mammo_nb.data.cache import Cache, prepare_cohort
     try:
         config = PrepareConfig(parse_size(size), preset, crop=crop, spacing_mm=spacing_mm, on_mismatch=on_mismatch)
-        cohort, left = read_folder(folder, group)
+        cohort, left = read_folder(folder, group, raw)
         prepared = prepare_cohort(cohort, Cache(cache), config, workers, not quiet)
-    except (InputError, OSError) as e:
-        print(f'mammo_prepare: {e}', file=sys.stderr)
-        return 2
-    return _report(prepared, left, Path(cache))
+        print(f'{len(prepared)} images are prepared: {prepared.reused} reused, {prepared.made} made. {len(prepared.failures)} failed, {len(left)} files are no usable mammograms.')
+        n = _list_left_out(prepared, left, Path(cache)/'failures.csv')
+        _list_notes(prepared, Path(cache)/'notes.csv')
+        _need_pictures(folder, prepared)
+    except (InputError, OSError) as e: return _wrong('mammo_prepare', e)
+    return 1 if n else 0
 
-# %% ../../nbs/cli/01_commands.ipynb #a041a009
+# %% ../../nbs/cli/01_commands.ipynb #54f4bd27
 def _write_overlays(model, prepared, table, folder, quiet):
     "A picture for each breast of the table"
     from tqdm import tqdm
@@ -86,14 +127,32 @@ def _write_overlays(model, prepared, table, folder, quiet):
         fig.savefig(folder/f'{name}.png', dpi=110, bbox_inches='tight'); plt.close(fig)
     return len(rows)
 
-def _list_left_out(prepared, left, path):
-    import pandas as pd
-    bad = pd.concat([left.assign(image_id=''), prepared.failures])[['image_id', 'path', 'what', 'found', 'expected']]
-    bad.to_csv(path, index=False)
-    for o in bad.head(20).itertuples(): print(f'  {o.path}: {o.what}: found {o.found}, expected {o.expected}')
-    return len(bad)
+# %% ../../nbs/cli/01_commands.ipynb #b30c9591
+_TABLES = ('predictions.csv', 'predictions.parquet')
 
-# %% ../../nbs/cli/01_commands.ipynb #d3ee85ee
+def _take_place(new, out):
+    "What is in `new` takes the place of what an earlier run wrote: away with the old table first, the new one comes last"
+    for name in (*_TABLES, 'images.csv', 'left_out.csv', 'notes.csv'): (out/name).unlink(missing_ok=True)
+    for p in (out/'overlays').glob('*-[LR].png'): p.unlink()
+    if (out/'overlays').is_dir() and not any((out/'overlays').iterdir()): (out/'overlays').rmdir()
+    files = [p for p in new.rglob('*') if p.is_file()]
+    for p in sorted(files, key=lambda p: p.name in _TABLES):
+        to = out/p.relative_to(new)
+        to.parent.mkdir(exist_ok=True)
+        os.replace(p, to)
+
+@contextmanager
+def _results(out):
+    "A hidden folder in `out` for the results, which take their place if no error comes between"
+    new = out/'.mammo_predict'
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+        _take_place(new, out)
+    finally: shutil.rmtree(new, ignore_errors=True)
+
+# %% ../../nbs/cli/01_commands.ipynb #33f780d6
 def predict_folder(
     folder:str|Path, # a cohort, or any folder with DICOM files
     model:str|Path, # from `learners.two_view.save_model`
@@ -102,7 +161,8 @@ def predict_folder(
     overlays:bool=True, # write the pictures
     group:str='tags', # without a cohort: patient and exam by their `tags`, or each `folder` is an exam
     workers:int|None=None, # processes; `None`: one a core
-    quiet:bool=True # no progress bars
+    quiet:bool=True, # no progress bars
+    raw:bool=False # without a cohort: take raw pictures (`FOR PROCESSING`) where a view has no other
 )->tuple: # `(table, pictures, left out)`; the last a number
     "Predictions of a model for a folder of mammograms, written to files"
     from mammo_nb.core.errors import check_in
@@ -110,17 +170,17 @@ def predict_folder(
     from mammo_nb.learners.two_view import load_model, predict
     from mammo_nb.metrics.predictions import write_predictions
     out = Path(out); check_in(format, ('csv', 'parquet'), '--format', 'format')
-    net = load_model(model)
-    cohort, left = read_folder(folder, group)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as cache:
-        prepared = prepare_cohort(cohort, cache, prepare_of(net), workers, not quiet)
-        n = _list_left_out(prepared, left, out/'left_out.csv')
-        if not len(prepared): raise InputError(folder, 'mammograms', 'none that can be used', 'CC and MLO pictures')
+    net = load_model(model); config = prepare_of(net)
+    cohort, left = read_folder(folder, group, raw)
+    with _results(out) as new, tempfile.TemporaryDirectory() as cache:
+        prepared = prepare_cohort(cohort, cache, config, workers, not quiet)
+        n = _list_left_out(prepared, left, new/'left_out.csv')
+        _need_pictures(folder, prepared)
+        _list_notes(prepared, new/'notes.csv')
         table = predict(net, prepared)
-        prepared.cohort.images[['image_id', 'patient_id', 'exam_id', 'laterality', 'view', 'path']].to_csv(out/'images.csv', index=False)
-        if overlays: _write_overlays(net, prepared, table, out/'overlays', quiet)
-    write_predictions(table, out/f'predictions.{format}')
+        prepared.cohort.images[['image_id', 'patient_id', 'exam_id', 'laterality', 'view', 'path']].to_csv(new/'images.csv', index=False)
+        if overlays: _write_overlays(net, prepared, table, new/'overlays', quiet)
+        write_predictions(table, new/f'predictions.{format}')
     return table, len(prepared), n
 
 def prepare_of(
@@ -131,29 +191,28 @@ def prepare_of(
     try: return PrepareConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
     except (TypeError, AttributeError) as e: raise InputError('model file', 'training, prepare', repr(known)[:200], 'how the pictures were prepared') from e
 
-# %% ../../nbs/cli/01_commands.ipynb #69caa52c
+# %% ../../nbs/cli/01_commands.ipynb #64cda7ed
 @call_parse
 def mammo_predict(
     folder:str, # a cohort (with images.parquet), or any folder with DICOM files
     model:str=None, # model file (required): what save_model wrote
-    out:str='predictions', # folder of the results, made if needed
+    out:str='predictions', # folder of the results, made if needed; those of an earlier run are replaced
     format:str='csv', # of the table: csv or parquet
     overlays:bool_arg=True, # write a picture for each breast
     group:str='tags', # without a cohort: patient and exam by their tags, or each folder is an exam
+    raw:bool=False, # without a cohort: take raw pictures (FOR PROCESSING) where a view has no other
     workers:int=None, # processes, default: one a core
     quiet:bool=False # no progress bars
 )->int: # exit status: 0 all done, 1 some files left out, 2 nothing could be done
-    "Predict the mammograms of a folder. For research and teaching only, not for clinical use"
+    "Predict the mammograms of a folder. Exit status: 0 all done, 1 some files left out (left_out.csv), 2 nothing could be done. For research and teaching only, not for clinical use"
     try:
         if model is None: raise InputError('mammo_predict', '--model', 'nothing', 'a model that save_model wrote')
-        table, n, left = predict_folder(folder, model, out, format, overlays, group, workers, quiet)
-    except (InputError, OSError) as e:
-        print(f'mammo_predict: {e}', file=sys.stderr)
-        return 2
+        table, n, left = predict_folder(folder, model, out, format, overlays, group, workers, quiet, raw)
+    except (InputError, OSError) as e: return _wrong('mammo_predict', e)
     print(f'{n} pictures, {len(table)} predictions in {Path(out).name}/predictions.{format}; {left} files without. Research and teaching only, not for clinical use.')
     return 1 if left else 0
 
-# %% ../../nbs/cli/01_commands.ipynb #56cf53f2
+# %% ../../nbs/cli/01_commands.ipynb #0a07ace7
 @call_parse
 def mammo_tour(
     folder:str='_tour', # where everything is kept; the page is index.html in it
@@ -169,9 +228,7 @@ def mammo_tour(
     from mammo_nb.report.tour import TourConfig, run_tour
     asked = dict(n_patients=patients, epochs=epochs, seed=seed)
     try: run_tour(folder, TourConfig(**{k: v for k, v in asked.items() if v is not None}), workers, _say, not quiet)
-    except (InputError, OSError) as e:
-        print(f'mammo_tour: {e}', file=sys.stderr)
-        return 2
+    except (InputError, OSError) as e: return _wrong('mammo_tour', e)
     return 0
 
 def _say(text): print(text, flush=True)

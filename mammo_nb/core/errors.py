@@ -34,16 +34,18 @@ def check_in(
     if value not in allowed: raise InputError(where, what, repr(value), f'one of {", ".join(map(str, allowed))}')
     return value
 
-# %% ../../nbs/core/01_errors.ipynb #6f16880a
+# %% ../../nbs/core/01_errors.ipynb #6b68d0ec
 def check_range(
     value:float, # the value to check
     low:float|None, # smallest allowed value, `None`: no bound
     high:float|None, # largest allowed value, `None`: no bound
     where:str|Path, # the file, table or function it came from
-    what:str # the name of the argument, tag or column
+    what:str, # the name of the argument, tag or column
+    whole:bool=False # only whole numbers
 ): # the value, unchanged; raises `InputError` outside `[low, high]`
     "`value` if it lies in `[low, high]`"
     ok = isinstance(value, (int, float)) or hasattr(value, '__float__')
     ok = ok and (low is None or value >= low) and (high is None or value <= high) and value == value
-    if not ok: raise InputError(where, what, repr(value), f'a number in [{"-inf" if low is None else low}, {"inf" if high is None else high}]')
+    if ok and whole: ok = value == int(value)
+    if not ok: raise InputError(where, what, repr(value), f'a {"whole " if whole else ""}number in [{"-inf" if low is None else low}, {"inf" if high is None else high}]')
     return value

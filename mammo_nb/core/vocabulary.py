@@ -65,13 +65,13 @@ def split_view_key(
     if len(words) != 2 or words[0] not in _LATERALITY: raise InputError('view key', 'key', repr(key), 'a side and a view, like L-CC')
     return parse_laterality(words[0]), parse_view(words[1])
 
-# %% ../../nbs/core/02_vocabulary.ipynb #37d12d80
+# %% ../../nbs/core/02_vocabulary.ipynb #a1330012
 def parse_birads(
     value:object, # `4`, `4.0`, `'4a'`, `'BI-RADS 4'`; NaN or an empty text: unknown
     where:str|Path='birads' # named in the error
 )->str|None: # one of `BIRADS`, or `None` when unknown
     "A BI-RADS category as text, subdivisions kept"
-    if value is None or value != value or not str(value).strip(): return None
+    if value is None or str(value).strip().lower() in ('', 'nan', '<na>', 'nat'): return None
     key = str(value).upper().replace('BI-RADS', '').replace('BIRADS', '').strip().removesuffix('.0')
     if key not in BIRADS: raise InputError(where, 'birads', repr(value), f'one of {", ".join(BIRADS)}')
     return key

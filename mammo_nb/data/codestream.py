@@ -6,15 +6,15 @@
 __all__ = ['LARGE_FRAME', 'MAX_RATIO', 'FrameHead', 'jpeg_head', 'j2k_head', 'check_tile_parts', 'rle_segments', 'check_ratio',
            'check_frame', 'decode_frame']
 
-# %% ../../nbs/data/03_codestream.ipynb #3e6e8cc3
+# %% ../../nbs/data/03_codestream.ipynb #874642d6
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-import jpeg_ls
 from libjpeg.utils import decode_pixel_data as decode_jpeg
 from openjpeg.utils import decode_pixel_data as decode_j2k
 from rle.utils import decode_pixel_data as decode_rle
+from ..core.optional import optional_import
 from .dicom_file import DicomError, SYNTAXES, tag_name
 
 # %% ../../nbs/data/03_codestream.ipynb #53bf2bf2
@@ -159,13 +159,13 @@ def check_frame(
     if head.kind == 'j2k': check_tile_parts(data, head.tiles, where)
     return head
 
-# %% ../../nbs/data/03_codestream.ipynb #7ce38575
+# %% ../../nbs/data/03_codestream.ipynb #4fd02571
 def _cells(data, syntax, head, rows, columns, bits_allocated):
     "Decoded bytes of a checked frame and the bytes a pixel they come in"
     coding = SYNTAXES[syntax][1]
     if coding == 'rle': return decode_rle(data, version=2, rows=rows, columns=columns, bits_allocated=bits_allocated), bits_allocated//8
     width = 1 if head.bits <= 8 else 2
-    if coding == 'jpegls': return jpeg_ls.decode_pixel_data(data)[0], width
+    if coding == 'jpegls': return optional_import('jpeg_ls', 'reading JPEG-LS', 'pyjpegls').decode_pixel_data(data)[0], width
     options = dict(version=2, photometric_interpretation='MONOCHROME2', rows=rows, columns=columns, samples_per_pixel=1, transfer_syntax_uid=syntax,
                    bits_allocated=8*width, bits_stored=head.bits, pixel_representation=int(head.signed))
     return (decode_j2k if coding == 'j2k' else decode_jpeg)(data, **options), width

@@ -145,7 +145,7 @@ def _no_row(t, name, wrong, col, expected):
         more = f'; {wrong.sum()-1} more rows like it' if wrong.sum() > 1 else ''
         raise InputError(f'{name} table, row {i} ({t.columns[0]} {t.iloc[i, 0]!r})', f'column {cols[0]}', found, expected + more)
 
-# %% ../../nbs/data/05_cohort.ipynb #3ccb6d21
+# %% ../../nbs/data/05_cohort.ipynb #c956bdd1
 def _check_images(im):
     for key, value in (('exam_id', 'patient_id'), ('exam_id', 'exam_date'), ('patient_id', 'provenance')): _one(im, 'images', key, value)
     for k, n in (('rows', 'rows'), ('cols', 'cols')): _no_row(im, 'images', im[k] % 1 > 0, k, 'a whole number')
@@ -159,7 +159,7 @@ def _check_images(im):
 
 def _check_findings(fi, im):
     _no_row(fi, 'findings', ~fi.image_id.isin(im.image_id), 'image_id', 'the image_id of a row of the images table')
-    box, at = fi[list(BOX)], fi.merge(im[['image_id', 'patient_id', 'laterality', 'rows', 'cols']], on='image_id', how='left')
+    box, at = fi[list(BOX)], fi[list(FINDING_COLUMNS)].merge(im[['image_id', 'patient_id', 'laterality', 'rows', 'cols']], on='image_id', how='left')
     _no_row(fi, 'findings', box.isna().any(axis=1) & box.notna().any(axis=1), BOX, 'four sides of a box or none')
     _no_row(fi, 'findings', (fi.xmin >= fi.xmax) | (fi.ymin >= fi.ymax), BOX, 'xmin < xmax and ymin < ymax')
     _no_row(at, 'findings', (at.xmax > at.cols) | (at.ymax > at.rows), (*BOX[2:], 'cols', 'rows'), 'a box in the picture')
@@ -205,7 +205,7 @@ def file(self:Cohort,
     if not full.is_relative_to(root) or full == root: raise InputError('Cohort.file', 'path', repr(rel), 'a file below the root of the cohort')
     return root/PurePosixPath(rel)
 
-# %% ../../nbs/data/05_cohort.ipynb #223844d8
+# %% ../../nbs/data/05_cohort.ipynb #cee1c5f5
 @patch
 def write(self:Cohort,
     folder:str|Path # where to; made if it is not there
@@ -235,16 +235,19 @@ def read(cls:Cohort,
         try: tables[name] = pd.read_parquet(p)
         except (OSError, ValueError) as e: raise InputError(p, 'table', f'{type(e).__name__}: {str(e)[:200]}', 'a Parquet table') from e
     meta = folder/'cohort.json'
-    if root is None: root = folder/json.loads(meta.read_text())['root'] if meta.exists() else folder
+    try: said = json.loads(meta.read_text(encoding='utf-8'))['root'] if meta.exists() else '.'
+    except (ValueError, KeyError, TypeError) as e: raise InputError(meta, 'root', f'{type(e).__name__}: {str(e)[:200]}', 'a file made by Cohort.write; or give root=...') from e
+    if root is None: root = folder/said
     return cls(**tables, root=root)
 
-# %% ../../nbs/data/05_cohort.ipynb #1ca6075d
+# %% ../../nbs/data/05_cohort.ipynb #1bfa5f76
 @patch
 def select(self:Cohort,
     which # a query over `images` ("density == 'C'"), a boolean mask of its rows, or a function images -> mask
 )->Cohort: # the same root
     "The cohort with some of its images, and their findings"
-    mask = self.images.eval(which) if isinstance(which, str) else which(self.images) if callable(which) else which
+    try: mask = self.images.eval(which) if isinstance(which, str) else which(self.images) if callable(which) else which
+    except (pd.errors.UndefinedVariableError, SyntaxError) as e: raise InputError('Cohort.select', 'which', f'{which!r} ({e})', f'a query over {", ".join(self.images.columns)}') from e
     mask = np.asarray(mask)
     if mask.dtype != bool or mask.shape != (len(self.images),): raise InputError('Cohort.select', 'which', f'{mask.dtype} {mask.shape}', f'a boolean for each of the {len(self.images)} images')
     images = self.images[mask]
@@ -272,7 +275,7 @@ def concat(cls:Cohort,
         return pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True) if parts else pd.DataFrame()
     return cls(joined('images'), joined('findings'), root)
 
-# %% ../../nbs/data/05_cohort.ipynb #0fdb4cbc
+# %% ../../nbs/data/05_cohort.ipynb #19a8819d
 def _by_view(im, groups, keys, names):
     "One row a group, one column of image ids a view key"
     first = im.drop_duplicates([*groups, *keys])
@@ -286,11 +289,14 @@ def exams(self:Cohort)->pd.DataFrame: # patient_id, exam_id, exam_date, split, t
     im = self.images
     t = im.drop_duplicates('exam_id')[['patient_id', 'exam_id', 'exam_date', 'split']].sort_values(['patient_id', 'exam_date', 'exam_id'], kind='stable')
     t = t.merge(_by_view(im, ['exam_id'], ['laterality', 'view'], list(VIEW_KEYS)), on='exam_id', how='left')
-    by = t.groupby('patient_id')
-    years = (t.exam_date - by.exam_date.shift()).dt.days / 365.25
-    return t.assign(previous_exam_id=by.exam_id.shift().where(years > 0).astype('str'), years_since_previous=years.where(years > 0))
+    dated = t[['patient_id', 'exam_date', 'exam_id']].dropna().sort_values('exam_date', kind='stable')
+    earlier = dated.rename(columns=dict(exam_id='previous_exam_id')).assign(previous_date=dated.exam_date)
+    prior = pd.merge_asof(dated, earlier, on='exam_date', by='patient_id', allow_exact_matches=False).drop(columns=['patient_id', 'exam_date'])
+    t = t.merge(prior, on='exam_id', how='left')
+    t = t.assign(previous_exam_id=t.previous_exam_id.astype('str'), years_since_previous=(t.exam_date-t.previous_date).dt.days / 365.25)
+    return t.drop(columns='previous_date')
 
-# %% ../../nbs/data/05_cohort.ipynb #99254be3
+# %% ../../nbs/data/05_cohort.ipynb #49238b65
 def _breast_label(worst, benign, found, to_cancer, followed):
     "The rule above, on arrays: any malignant, all benign, any finding, years (NaN: unknown)"
     year_free = (followed >= 1) | (to_cancer >= 1)
@@ -306,7 +312,7 @@ def breasts(
     t = t.assign(years_to_cancer=im.groupby(key).years_to_cancer.min(), years_followed=im.groupby(key).years_followed.max())
     t = _by_view(im, key, ['view'], list(VIEWS)).rename(columns={v: f'image_id_{v.lower()}' for v in VIEWS}).join(t)
     if labels:
-        f = cohort.findings.merge(im[['image_id', *key]], on='image_id')
+        f = cohort.findings[['image_id', 'pathology']].merge(im[['image_id', *key]], on='image_id')
         g = f.assign(bad=f.pathology == 'malignant', good=f.pathology == 'benign').groupby(key)
         n = pd.DataFrame(dict(n_findings=g.size(), bad=g.bad.any(), good=g.good.all())).reindex(t.index)
         found = n.n_findings.notna().to_numpy()
@@ -406,10 +412,10 @@ def show_exam(
     if title: axs[0, 0].figure.suptitle(title, color='w' if axs[0, 0].figure.get_facecolor()[:3] == (0, 0, 0) else 'k', fontsize=10)
     return axs
 
-# %% ../../nbs/data/05_cohort.ipynb #91cd001c
+# %% ../../nbs/data/05_cohort.ipynb #d7a8ce2d
 def _read_pixels(path):
     "PNG and the like as floats in [0,1]; all else as DICOM"
-    return plt.imread(path) if path.suffix.lower() in ('.png', '.tif', '.tiff') else read_mammogram(path).pixels
+    return plt.imread(path) if path.suffix.lower() in ('.png', '.pgm', '.tif', '.tiff') else read_mammogram(path).pixels
 
 @patch
 def show_exam(self:Cohort,

@@ -59,7 +59,7 @@ def record(
     p = p+rng.normal(0, jitter, p.shape)+walk
     return p[rng.uniform(size=len(p)) >= dropout]
 
-# %% ../../nbs/data/19_gaze.ipynb #f09fb969
+# %% ../../nbs/data/19_gaze.ipynb #db8459ea
 def write_miceye(
     path:str|Path, # of the log
     image:str, # path of the picture, as the log shall name it
@@ -77,10 +77,14 @@ def read_miceye(
 )->list: # of dicts: image, label, points [n,2] (row, col), box, zoom
     "All readings of a log"
     out = []
-    for i, line in enumerate(Path(path).read_text().splitlines()):
+    try: text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as e: raise InputError(path, 'gaze log', f'{type(e).__name__}: {e}', 'a readable MicEye log') from e
+    for i, line in enumerate(text.splitlines()):
         parts = line.split(';')
         if len(parts) != 5: raise InputError(path, f'line {i+1}', f'{len(parts)} fields', '5 fields: path;class;points;box;zoom')
-        try: label, xy, box, zoom = (ast.literal_eval(p.strip()) for p in parts[1:])
-        except (ValueError, SyntaxError) as e: raise InputError(path, f'line {i+1}', repr(line[:60]), 'numbers in brackets') from e
-        out.append(dict(image=parts[0], label=label, points=np.array(xy, dtype=np.float64).reshape(-1, 2)[:, ::-1], box=list(box), zoom=tuple(zoom)))
+        try:
+            label, xy, box, zoom = (ast.literal_eval(p.strip()) for p in parts[1:])
+            if any(len(p) != 2 for p in xy): raise ValueError('points of other than two numbers')
+            out.append(dict(image=parts[0], label=label, points=np.array(xy, dtype=np.float64).reshape(-1, 2)[:, ::-1], box=list(box), zoom=tuple(zoom)))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as e: raise InputError(path, f'line {i+1}', f'{line[:60]!r} ({e})', 'points as [[x, y], ...], numbers in brackets') from e
     return out

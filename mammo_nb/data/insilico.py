@@ -28,7 +28,7 @@ from .gaze import simulate_fixations, record, write_miceye
 from .phantom import (Grid, Lumps, Breast, Deformation, VBD, SHAPES, mass, calcifications, summation_shadow, parenchyma, inside, project, view_plane,
     thickness_map, with_density, glandular_map, pectoral_map, draw_deformation, pixel_centres, deform, acquire, present)
 
-# %% ../../nbs/data/20_insilico.ipynb #3ae6a370
+# %% ../../nbs/data/20_insilico.ipynb #273b6715
 @dataclass(frozen=True)
 class Settings:
     "All that an in-silico cohort depends on"
@@ -54,7 +54,8 @@ class Settings:
         for k in ('prevalence', 'calcified', 'symmetry'): check_range(getattr(self, k), 0, 1, 'Settings', k)
         for k in ('benign', 'shadows', 'clumps', 'moles', 'spread'): check_range(getattr(self, k), 0, 10, 'Settings', k)
         check_range(self.contrast, 0, 3, 'Settings', 'contrast'); check_range(self.motion, 0, 3, 'Settings', 'motion')
-        check_range(self.exams, 1, 5, 'Settings', 'exams'); check_range(self.seed, 0, 2**32-1, 'Settings', 'seed'); self.grid
+        check_range(self.exams, 1, 5, 'Settings', 'exams', whole=True); check_range(self.seed, 0, 2**32-1, 'Settings', 'seed', whole=True); self.grid
+        check_in(self.shortcut, (True, False), 'Settings', 'shortcut')
         check_in(self.version, ('insilico-v1',), 'Settings', 'version')
     @property
     def grid(self): return Grid(self.rows, self.cols, self.mm)
@@ -505,7 +506,7 @@ def _finding_row(settings, p, lesion, breast, image_id, view, t, where):
         mask_path=f'masks/{image_id}_{lesion.lesion_id}.png', birads=birads, pathology=('malignant' if lesion.malignant else 'benign') if known else np.nan, biopsied=float(biopsied),
         years_before_diagnosis=max(p.years_to_cancer, 0)-t if lesion.malignant and known else np.nan, shape=lesion.shape if lesion.kind == 'mass' else np.nan, diameter_mm=lesion.diameter_at(t))]
 
-# %% ../../nbs/data/20_insilico.ipynb #37bc9fa3
+# %% ../../nbs/data/20_insilico.ipynb #cec304c4
 def insilico_cohort(
     n_patients:int, # how many; patient i is the same in every cohort of the same settings
     seed:int=0, # of the patients
@@ -513,7 +514,7 @@ def insilico_cohort(
     **settings # fields of `Settings` that differ from its defaults
 )->Cohort: # two tables; the files come with `write_insilico`
     "Draw a cohort"
-    check_range(n_patients, 0, 10**5, 'insilico_cohort', 'n_patients')
+    check_range(n_patients, 0, 10**5, 'insilico_cohort', 'n_patients', whole=True)
     unknown = set(settings)-set(_DEFAULTS)
     if unknown: raise InputError('insilico_cohort', 'settings', ', '.join(sorted(unknown)), f'some of {", ".join(_DEFAULTS)}')
     s = Settings(seed=seed, **settings)
@@ -575,11 +576,16 @@ def truth_table(
                 x_mm=l.xyz[0], y_mm=l.xyz[1], z_mm=l.xyz[2], diameter_mm=l.diameter_at(0), doubling_days=l.doubling_days, contrast=l.contrast))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/data/20_insilico.ipynb #be8e910e
+# %% ../../nbs/data/20_insilico.ipynb #61c452d7
 def generator_hash()->str: # 12 hex digits
     "A hash of the code that draws and writes patients: files of other code are not taken for its own"
     names = [f'mammo_nb.data.{m}' for m in ('phantom', 'gaze', 'dicom_file', 'insilico')]
     return hashlib.sha256(''.join(inspect.getsource(importlib.import_module(n)) for n in names).encode()).hexdigest()[:12]
+
+def _tables_hash(cohort):
+    h = hashlib.sha256()
+    for t in (cohort.images, cohort.findings): h.update(pd.util.hash_pandas_object(t, index=False).to_numpy().tobytes())
+    return h.hexdigest()[:12]
 
 def read_stamp(
     path:Path # of `insilico.json`
@@ -588,6 +594,7 @@ def read_stamp(
     try: return json.loads(path.read_text())
     except (FileNotFoundError, ValueError): return None
 
+# %% ../../nbs/data/20_insilico.ipynb #42411448
 def write_insilico(
     cohort:Cohort, # of `insilico_cohort`
     folder:str|Path, # where to; made if needed
@@ -605,9 +612,10 @@ def write_insilico(
     images = cohort.images if format == 'dicom' else cohort.images.assign(path=cohort.images.path.str.replace('.dcm', '.png'))
     out, stamp = Cohort(images, cohort.findings, folder), folder/'insilico.json'
     index = sorted(cohort.images.patient_index.astype(int).unique())
-    said, there = dict(settings=names[0], format=format, code=generator_hash(), patients=list(map(int, index))), read_stamp(stamp)
+    said, there = dict(settings=names[0], format=format, code=generator_hash(), patients=list(map(int, index)), tables=_tables_hash(out)), read_stamp(stamp)
     if there is not None and there != said: raise InputError(folder, 'insilico.json', 'another in-silico cohort, or one of other code', 'an empty folder, or the same cohort')
-    if there == said and all((folder/p).is_file() for p in images.path): return out
+    files = [*images.path, *images.gaze_path.dropna(), *cohort.findings.mask_path.dropna(), 'truth.parquet', 'images.parquet', 'findings.parquet']
+    if there == said and all((folder/p).is_file() for p in files): return out
     for d in ('images', 'masks', 'gaze'): (folder/d).mkdir(parents=True, exist_ok=True)
     jobs = Parallel(n_jobs=workers or cpu_count(), return_as='generator_unordered')(delayed(write_patient)(s, i, folder, format) for i in index)
     for _ in tqdm(jobs, total=len(index), desc='in-silico patients', disable=not progress): continue

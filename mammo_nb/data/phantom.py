@@ -15,7 +15,7 @@ from scipy import ndimage
 from ..core.errors import InputError, check_in, check_range
 from ..core.seeding import rng_for
 
-# %% ../../nbs/data/18_phantom.ipynb #a7e3b7c7
+# %% ../../nbs/data/18_phantom.ipynb #2baa718d
 @dataclass(frozen=True)
 class Grid:
     "The pixels of the detector; the chest wall is at column 0"
@@ -24,7 +24,7 @@ class Grid:
     mm: float = 0.625 # size of a pixel, mm
 
     def __post_init__(self):
-        for k in ('rows', 'cols', 'mm'): check_range(getattr(self, k), 1e-6 if k == 'mm' else 8, None, 'Grid', k)
+        for k in ('rows', 'cols', 'mm'): check_range(getattr(self, k), 1e-6 if k == 'mm' else 8, None, 'Grid', k, whole=k != 'mm')
     @property
     def shape(self): return self.rows, self.cols
     @property

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core.errors import InputError, check_in, check_range
 from ..core.geometry import Affine, map_points, map_boxes, clip_boxes, mask_box, map_mask
 
-# %% ../../nbs/data/15_prepare.ipynb #9abd58b2
+# %% ../../nbs/data/15_prepare.ipynb #62fbef0e
 @dataclass(frozen=True)
 class PrepareConfig:
     "Every choice that changes a prepared pixel"
@@ -30,9 +30,9 @@ class PrepareConfig:
     on_mismatch: str = 'follow'     # chest wall at the wrong side: `follow` the pixels or `raise`
 
     def __post_init__(self):
-        try: size = tuple(int(s) for s in self.size)
-        except TypeError: size = (int(self.size),)*2
-        if len(size) != 2 or min(size) < 8: raise InputError('PrepareConfig', 'size', self.size, '(rows, columns), both at least 8')
+        try: size = tuple(int(s) for s in ((self.size,)*2 if isinstance(self.size, int) else self.size))
+        except (TypeError, ValueError): size = ()
+        if len(size) != 2 or min(size) < 8: raise InputError('PrepareConfig', 'size', repr(self.size), '(rows, columns), both at least 8')
         object.__setattr__(self, 'size', size)
         check_in(self.preset, ('voi_lut', 'minmax'), 'PrepareConfig', 'preset')
         check_in(self.on_mismatch, ('follow', 'raise'), 'PrepareConfig', 'on_mismatch')
@@ -298,7 +298,7 @@ def extent(self:Prepared):
     (top, left), (bottom, right) = map_points(self.affine.inverse, [[0, 0], self.mask.shape])
     return left, right, bottom, top
 
-# %% ../../nbs/data/15_prepare.ipynb #f970fa9e
+# %% ../../nbs/data/15_prepare.ipynb #c7a66d72
 @dataclass
 class _Source:
     "Pixels as they are stored, and the way from any stored value to [0,1]"
@@ -317,11 +317,15 @@ def _source(image, config, where):
         return _Source(image.pixels, t.line(config.preset), lambda v: t.to_unit(v, config.preset), whole.to_unit, t.stored, head.pixel_spacing_mm, tuple(head.notes))
     pixels = np.asarray(getattr(image, 'pixels', image))
     if pixels.ndim != 2 or min(pixels.shape) < 8: raise InputError(where, 'pixels', f'an array of shape {pixels.shape}', 'one grey image [H,W]')
-    if pixels.dtype.kind == 'u': top = np.iinfo(pixels.dtype).max
+    if isinstance(getattr(image, 'header', None), dict) and pixels.dtype.kind != 'f': raise InputError(where, 'pixels', 'a Mammogram of stored values (preset raw)', 'read_stored(path), or read_mammogram with preset voi_lut or minmax')
+    notes = tuple(getattr(image, 'notes', ()))
+    if pixels.dtype.kind == 'u':
+        top = np.iinfo(pixels.dtype).max
+        if (bits := int(pixels.max()).bit_length()) < 8*pixels.itemsize-1: notes += (f'only {bits} of {8*pixels.itemsize} bits are used: the picture is dark, and nothing says which value is white',)
     elif pixels.dtype.kind == 'f' and 0 <= pixels.min() and pixels.max() <= 1: top = 1
     else: raise InputError(where, 'pixels', f'{pixels.dtype} of other values', 'unsigned integers, or floats in [0,1]')
     unit = lambda values: np.asarray(values, np.float32)/np.float32(top)
-    return _Source(pixels, (1/top, 0.), unit, unit, (0, top), getattr(image, 'pixel_spacing_mm', None), tuple(getattr(image, 'notes', ())))
+    return _Source(pixels, (1/top, 0.), unit, unit, (0, top), getattr(image, 'pixel_spacing_mm', None), notes)
 
 def _to_grey(src, part, rows, cols, f):
     "The window, resampled, in [0,1]: averaged first where the way is a line that cuts nothing off"

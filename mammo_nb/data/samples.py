@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VIEW_NAMES', 'Sample', 'TwoViewInputs', 'TwoViewTargets', 'gaze_map', 'TwoViewDataset', 'random_moves', 'move',
-           'upside_down', 'Augment', 'Retype', 'SampleDL', 'labelled_rows', 'two_view_dls']
+           'upside_down', 'Augment', 'Retype', 'SampleDL', 'labelled_rows', 'no_shared_patient', 'two_view_dls']
 
-# %% ../../nbs/data/30_samples.ipynb #dc8cfef6
+# %% ../../nbs/data/30_samples.ipynb #45a94846
 import hashlib, json, random
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
@@ -19,10 +19,10 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
-from .cache import PreparedCohort
+from .cache import PreparedCohort, check_prepared
 from .cohort import breasts
 from .gaze import read_miceye
-from .splits import check_split
+from .splits import LeakError, check_split
 
 # %% ../../nbs/data/30_samples.ipynb #c4ef0a3e
 class Sample(dict):
@@ -270,7 +270,19 @@ def _describe(prepared, train):
     return dict(prepare=json.loads(prepared.config.text), provenance=sorted(im.provenance.dropna().unique()), patients=int(train.patient_id.nunique()),
                 breasts=len(train), cancers=int(train.label.sum()), breasts_sha256=hashlib.sha256(who.encode()).hexdigest())
 
-# %% ../../nbs/data/30_samples.ipynb #e1653c2d
+# %% ../../nbs/data/30_samples.ipynb #11e98fb9
+def no_shared_patient(
+    train:pd.DataFrame, # rows to learn from, with `patient_id`
+    valid:pd.DataFrame # rows to measure on
+): # nothing; raises `LeakError`, which names the patients
+    "Refuse training and validation rows of the same patient"
+    both = sorted(set(train.patient_id) & set(valid.patient_id))
+    if not both: return
+    e = LeakError('training and validation rows', f'{len(both)} patients', ', '.join(both[:5]) + (f' and {len(both)-5} more' if len(both) > 5 else ''), 'no patient in both')
+    e.patients = tuple(both)
+    raise e
+
+# %% ../../nbs/data/30_samples.ipynb #5a4a276a
 def two_view_dls(
     prepared:PreparedCohort, # prepared pictures with a cohort that has splits
     bs:int=16, # breasts a batch
@@ -286,11 +298,13 @@ def two_view_dls(
     num_workers:int=0 # processes that load; with pictures in memory more than 0 is slower
 )->DataLoaders: # `train` and `valid`, and `left_out`, `description`
     "Guarded loaders for training and validation"
-    check_split(prepared.cohort)
+    check_split(check_prepared(prepared, 'two_view_dls').cohort)
     rows = breasts(prepared.cohort) if rows is None else rows
     tables = [labelled_rows(prepared, s, rows) for s in (train, valid)]
-    bs = min(bs, len(tables[0]))
+    no_shared_patient(*tables)
+    bs = min(check_range(bs, 1, None, 'two_view_dls', 'bs', whole=True), len(tables[0]))
     tfms, loaders = [Augment() if augment is True else augment] if augment else [], []
+    if tfms and not callable(tfms[0]): raise InputError('two_view_dls', 'augment', repr(augment), 'True, False, None or an Augment')
     for i,t in enumerate(tables):
         ds = TwoViewDataset(prepared, t, gaze, gaze_stride, in_memory, split_idx=i)
         loaders.append(SampleDL(ds, bs=bs*(i+1), shuffle=i == 0, drop_last=i == 0, num_workers=num_workers, after_batch=[Retype(TwoViewInputs, TwoViewTargets), *tfms]))

@@ -50,9 +50,10 @@ def patient_strata(
     worst = breasts(cohort).groupby('patient_id').label.max()
     return worst.map({1.:'cancer', 0.:'no cancer'}).fillna('not known').rename('stratum')
 
-# %% ../../nbs/data/10_splits.ipynb #446eb20d
+# %% ../../nbs/data/10_splits.ipynb #726a9f05
 def _check_fractions(fractions):
     where = 'split_patients'
+    if not hasattr(fractions, 'items'): raise InputError(where, 'fractions', repr(fractions), "shares by name: dict(train=.6, valid=.2, test=.2)")
     for k, v in fractions.items():
         check_in(k, SPLITS, where, 'fractions')
         if not 0 <= v <= 1: raise InputError(where, f'fractions[{k!r}]', repr(v), 'a share from 0 to 1')

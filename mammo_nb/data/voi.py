@@ -97,7 +97,7 @@ def lut_of(
     if len(values) != n: raise DicomError(where, f'{tag_name(keyword)} {tag_name("LUTData")}', f'{len(values):,} entries', f'{n:,}, as {tag_name("LUTDescriptor")} says')
     return Lut(first, values, bits, value_of(item, 'LUTExplanation', where, str) or '')
 
-# %% ../../nbs/data/04_voi.ipynb #4e9c6c2e
+# %% ../../nbs/data/04_voi.ipynb #60a57008
 def vois_of(
     ds:Dataset, # elements of the file
     signed:bool, # modality values may be negative
@@ -117,6 +117,7 @@ def choose_voi(
         found = [o for o in vois if o.name.strip().lower() == window.strip().lower()]
         if not found: raise DicomError(where, 'window', repr(window), f'an explanation among [{", ".join(names)}]')
         return found[0]
+    if isinstance(window, bool) or not isinstance(window, (int, np.integer)): raise DicomError(where, 'window', repr(window), 'an index or an explanation')
     if not vois and window == 0: return None
     if not 0 <= window < len(vois): raise DicomError(where, 'window', window, f'an index among [{", ".join(names)}]')
     return vois[window]

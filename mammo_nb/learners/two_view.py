@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TwoViewLoss', 'two_view_learner', 'model_version', 'predict', 'save_model', 'load_model']
 
-# %% ../../nbs/learners/05_two_view.ipynb #158d08dc
+# %% ../../nbs/learners/05_two_view.ipynb #463c1c5f
 import hashlib, json, os
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .. import __version__
 from ..core.errors import InputError, check_in, check_range
 from ..core.seeding import seed_everything
-from ..data.cache import PreparedCohort
+from ..data.cache import PreparedCohort, check_prepared
 from ..data.cohort import breasts
 from ..data.samples import TwoViewDataset, VIEW_NAMES
 from .callbacks import NamedOutput, auc_metric
@@ -99,7 +99,7 @@ def two_view_learner(
     loss = TwoViewLoss(_class_weight(class_weight, labels), view_weight).to(dls.device)
     return Learner(dls, model, loss, lr=lr, wd=wd, metrics=auc_metric() if metrics is None else metrics, cbs=[NamedOutput(), *(cbs or [])], **kwargs)
 
-# %% ../../nbs/learners/05_two_view.ipynb #0af4e359
+# %% ../../nbs/learners/05_two_view.ipynb #ec952148
 def model_version(
     model:TwoViewNet # any
 )->str: # 12 hex digits, the same for the same weights
@@ -129,7 +129,7 @@ def predict(
 )->pd.DataFrame: # predictions table: `probability`, `probability_cc`, `probability_mlo`
     "What a two-view model says about the breasts of a cohort"
     model = getattr(model, 'model', model)
-    rows = breasts(prepared.cohort) if rows is None else rows
+    rows = breasts(check_prepared(prepared, 'predict').cohort) if rows is None else rows
     if split is not None: rows = rows[rows.split == check_in(split, ('train', 'valid', 'test'), 'predict', 'split')]
     _same_preparing(model, prepared)
     ds = TwoViewDataset(prepared, rows, in_memory=False)

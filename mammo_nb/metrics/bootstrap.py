@@ -63,7 +63,7 @@ def is_batched(
     while isinstance(metric, partial): metric = metric.func
     return getattr(metric, 'batched', False)
 
-# %% ../../nbs/metrics/05_bootstrap.ipynb #1eb01aa9
+# %% ../../nbs/metrics/05_bootstrap.ipynb #d1bb38ee
 def _weights(weight, n): return np.ones(n) if weight is None else np.asarray(weight, dtype=np.float64)
 
 def _ratio(a, b):
@@ -77,17 +77,17 @@ def auc(
     weight=None # [N] or [B,N] not negative; `None`: all 1
 ): # float, or [B]: area under the ROC curve, NaN where a class is missing
     "Area under the ROC curve: probability that a positive is above a negative, ties half"
-    y, v = np.asarray(label) == 1, np.asarray(value, dtype=np.float64)
+    y, v = np.asarray(label), np.asarray(value, dtype=np.float64)
     order = np.argsort(v, kind='stable')
     w, y, v = _weights(weight, len(v))[..., order], y[order], v[order]
-    pos, neg = w*y, w*~y
+    pos, neg = w*(y == 1), w*(y == 0)  # a label that is not known is neither
     if (v[1:] == v[:-1]).any():
         starts = np.flatnonzero(np.r_[True, v[1:] != v[:-1]])
         pos, neg = (np.add.reduceat(o, starts, axis=-1) for o in (pos, neg))
     wins = (pos*(np.cumsum(neg, -1) - neg/2)).sum(-1)
     return _ratio(wins, pos.sum(-1)*neg.sum(-1))
 
-# %% ../../nbs/metrics/05_bootstrap.ipynb #484e6624
+# %% ../../nbs/metrics/05_bootstrap.ipynb #10d721b3
 def _prepare(table, columns, groups, where):
     missing = [c for c in (groups, *columns) if c not in table]
     if missing: raise InputError(where, 'columns', f'no {", ".join(missing)}', f'the columns {", ".join((groups, *columns))}')
@@ -102,7 +102,7 @@ def _prepare(table, columns, groups, where):
 
 def _prepare_all(tables, columns, groups, where='bootstrap'):
     tables = [_prepare(t, columns, groups, f'{where}: table {i}') for i, t in enumerate(tables)]
-    same = [c for c in (*ID_COLUMNS, groups, *columns) if c != 'value' and c in tables[0]]
+    same = [c for c in (*ID_COLUMNS, groups, *columns) if not c.startswith(('value', 'risk')) and c in tables[0]]  # what is said may differ, the truth not
     for i, t in enumerate(tables[1:], 1):
         if len(t) != len(tables[0]): raise InputError(f'{where}: table {i}', 'rows', f'{len(t)}', f'{len(tables[0])}, the same things as table 0')
         for c in same:

@@ -53,7 +53,7 @@ def specificity(
     w = _weights(weight, len(value))*(np.asarray(label) == 0)
     return _ratio((w*(np.asarray(value) < threshold)).sum(-1), w.sum(-1))
 
-# %% ../../nbs/metrics/10_classification.ipynb #f788ca1d
+# %% ../../nbs/metrics/10_classification.ipynb #a8176497
 @batched
 def accuracy(
     label, # [N] 0 or 1
@@ -62,8 +62,9 @@ def accuracy(
     threshold:float=.5 # called positive at or above it
 ): # float or [B], share of all that are called right
     "Share of right calls; with 5 % positives, calling everybody negative is right 95 % of the time"
-    w = _weights(weight, len(value))
-    return _ratio((w*((np.asarray(value) >= threshold) == (np.asarray(label) == 1))).sum(-1), w.sum(-1))
+    y = np.asarray(label)
+    w = _weights(weight, len(value))*((y == 0) | (y == 1))
+    return _ratio((w*((np.asarray(value) >= threshold) == (y == 1))).sum(-1), w.sum(-1))
 
 @batched
 def balanced_accuracy(

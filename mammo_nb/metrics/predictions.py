@@ -189,7 +189,7 @@ def write_predictions(
     else: t.to_parquet(path, index=False)
     return path
 
-# %% ../../nbs/metrics/01_predictions.ipynb #8454a288
+# %% ../../nbs/metrics/01_predictions.ipynb #74daeb57
 def read_predictions(
     path:str|Path # a `.csv` or `.parquet` file with the columns of the schema
 )->pd.DataFrame: # a checked predictions table; raises `InputError` that names the file
@@ -199,7 +199,7 @@ def read_predictions(
     if not path.is_file(): raise InputError(path, 'file', 'nothing', 'a predictions table')
     text = {c: 'str' for c in (*ID_COLUMNS, *WHO_COLUMNS, 'split')}
     exact = {c: lambda s: float(s or 'nan') for c in ('value', 'label', *BOX_COLUMNS)}  # every digit, whatever pandas does
-    try: t = pd.read_csv(path, dtype=text, converters=exact) if path.suffix == '.csv' else pd.read_parquet(path)
+    try: t = pd.read_csv(path, dtype=text, converters=exact, keep_default_na=False, na_values=['']) if path.suffix == '.csv' else pd.read_parquet(path)
     except (ValueError, OSError) as e: raise InputError(path, 'content', f'{type(e).__name__}: {e}', f'a {path.suffix[1:]} table') from e
     for c in text:
         if c in t: t[c] = t[c].astype('str') if c in WHO_COLUMNS else t[c].astype(object).where(t[c].notna(), None).astype('str')
