@@ -65,14 +65,14 @@ def test_changed_code_is_another_key(tmp_path, monkeypatch):
     cache = Cache(tmp_path/'c')
     a = cache.key('a'*64, 'L', CONFIG)
     from mammo_nb.data import prepare, voi
-    for m in (prepare, voi):  # one that is used directly, one by data.dicom
+    for m in (prepare, voi, module):  # one that is used directly, one by data.dicom, and the reader of PNG files
         copy = tmp_path/'changed.py'
         copy.write_text(Path(m.__file__).read_text(encoding='utf-8') + '\nX = 1\n', encoding='utf-8')
         monkeypatch.setattr(m, '__file__', str(copy))
-        module.code_version.cache_clear()
+        assert cache.key('a'*64, 'L', CONFIG) == a  # this process still runs the code that it imported
+        monkeypatch.setattr(module, '_CODE', module._hash_code())  # a process that starts now
         assert cache.key('a'*64, 'L', CONFIG) != a
         monkeypatch.undo()
-        module.code_version.cache_clear()
     assert cache.key('a'*64, 'L', CONFIG) == a
 
 @pytest.mark.parametrize('harm', ['cut', 'empty', 'bit', 'other'])

@@ -307,13 +307,13 @@ class PreparedCohort:
         "The boxes of the findings of an image"
         return self.load(image_id).boxes(self._boxes.get(image_id, np.zeros((0, 4))))
 
-# %% ../../nbs/data/16_cache.ipynb #9c41d3b8
+# %% ../../nbs/data/16_cache.ipynb #a51a7901
 def check_prepared(
     prepared:PreparedCohort, # what should be one
     where:str # the function that wants it, named in the error
-)->PreparedCohort: # unchanged; raises `InputError` for anything else, a bare `Cohort` above all
+)->PreparedCohort: # unchanged; raises `InputError` for what cannot do what one can, a bare `Cohort` above all
     "Refuse what is not prepared"
-    if isinstance(prepared, PreparedCohort): return prepared
+    if all(hasattr(prepared, k) for k in ('cohort', 'keys', 'config', 'load')): return prepared
     raise InputError(where, 'prepared', type(prepared).__name__, 'a PreparedCohort: prepare_cohort(cohort, folder)')
 
 # %% ../../nbs/data/16_cache.ipynb #ff19a6c4
