@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['breast_history', 'RiskInputs', 'RiskTargets', 'RiskDataset', 'RiskAugment', 'risk_dls']
 
-# %% ../../nbs/data/32_risk_samples.ipynb #94c7a633
+# %% ../../nbs/data/32_risk_samples.ipynb #7ac35d32
 import random
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
@@ -18,7 +18,7 @@ from .cache import PreparedCohort, check_prepared
 from .cohort import Cohort, breasts
 from .samples import VIEW_NAMES, Retype, Sample, SampleDL, move, no_shared_patient, random_moves, upside_down
 from .splits import check_split
-from ..losses.survival import survival_target
+from .follow_up import survival_target
 
 # %% ../../nbs/data/32_risk_samples.ipynb #544824ab
 def breast_history(
