@@ -5,18 +5,15 @@
 # %% auto #0
 __all__ = ['breast_history', 'RiskInputs', 'RiskTargets', 'RiskDataset', 'RiskAugment', 'risk_dls']
 
-# %% ../../nbs/data/32_risk_samples.ipynb #7ac35d32
-import random
+# %% ../../nbs/data/32_risk_samples.ipynb #f9b9100d
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 from fastai.data.core import DataLoaders
-from fastai.torch_core import default_device
 from fastcore.basics import patch, store_attr
-from fasttransform import ItemTransform
 from ..core.errors import InputError, check_in, check_range
 from .cache import PreparedCohort, check_prepared
 from .cohort import Cohort, breasts
-from .samples import VIEW_NAMES, Retype, Sample, SampleDL, move, no_shared_patient, random_moves, upside_down
+from .samples import VIEW_NAMES, Augment, Sample, move, no_shared_patient, random_moves, sample_dls, upside_down
 from .splits import check_split
 from .follow_up import survival_target
 
@@ -130,22 +127,9 @@ def show(self:RiskTargets,
     ctx.set_title(f'cancer in year {year}' if self['event_observed'] > 0 else f'no cancer for {year} year{"s"[:year-1]}' if known else 'nothing known', fontsize=8)
     return ctx
 
-# %% ../../nbs/data/32_risk_samples.ipynb #6a7372fc
-class RiskAugment(ItemTransform):
-    "Movements and exposure, on a batch, in training only; the same for all exams of a breast"
-    split_idx = 0
-    def __init__(self,
-        rotate:float=8., # largest turn, degrees
-        shift:float=.04, # largest shift, part of the picture
-        scale:float=.08, # largest change of size
-        gain:float=.1, # largest change of brightness
-        gamma:float=.1, # largest change of the exponent
-        flip:float=0. # chance that a breast is turned upside down, 0 to 1
-    ):
-        for k, v in dict(rotate=rotate, shift=shift, scale=scale, gain=gain, gamma=gamma, flip=flip).items(): check_range(v, 0, dict(rotate=45, flip=1).get(k, .9), 'RiskAugment', k)
-        super().__init__()
-        store_attr()
-
+# %% ../../nbs/data/32_risk_samples.ipynb #30e84f04
+class RiskAugment(Augment):
+    "Movements and exposure, on a batch, in training only; the same for all exams of a breast. Arguments as those of `Augment`"
     def encodes(self, b):
         x, n, dev = type(b[0])(b[0]), len(b[0]['time_gap']), b[0]['time_gap'].device
         gain, gamma = ((1+k)**torch.empty(n, 1, 1, 1, device=dev).uniform_(-1, 1) for k in (self.gain, self.gamma))
@@ -157,7 +141,7 @@ class RiskAugment(ItemTransform):
             x[f'current_image_{v}'], x[f'previous_image_{v}'] = both[:, :1], both[:, 1:]
         return (x, *b[1:])
 
-# %% ../../nbs/data/32_risk_samples.ipynb #aeb0d7e6
+# %% ../../nbs/data/32_risk_samples.ipynb #01277652
 def _known_rows(prepared, rows, split, years, convention, where):
     here = rows[rows.split == split]
     t = survival_target(here.years_to_cancer, here.years_followed, years, convention)
@@ -186,12 +170,7 @@ def risk_dls(
     rows = breast_history(prepared.cohort, priors) if rows is None else rows
     (a, lost), (b, more) = (_known_rows(prepared, rows, s, years, convention, 'risk_dls') for s in (train, valid))
     no_shared_patient(a, b)
-    bs = min(check_range(bs, 1, None, 'risk_dls', 'bs', whole=True), len(a))
-    tfms = [Retype(RiskInputs, RiskTargets), *([RiskAugment() if augment is True else augment] if augment else [])]
     sets = [RiskDataset(prepared, t, years, priors, convention, in_memory, split_idx=i) for i, t in enumerate((a, b))]
-    loaders = [SampleDL(ds, bs=bs*(i+1), shuffle=i == 0, drop_last=i == 0, num_workers=num_workers, after_batch=tfms) for i, ds in enumerate(sets)]
-    if seed is not None:
-        for o in loaders: o.rng = random.Random(seed)
-    dls = DataLoaders(*loaders, device=device or default_device())
+    dls = sample_dls(sets, (RiskInputs, RiskTargets), bs, RiskAugment() if augment is True else augment, seed, device, num_workers, 'risk_dls')
     dls.left_out = lost+more
     return dls

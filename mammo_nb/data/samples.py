@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEW_NAMES', 'Sample', 'TwoViewInputs', 'TwoViewTargets', 'gaze_map', 'TwoViewDataset', 'random_moves', 'move',
-           'upside_down', 'Augment', 'Retype', 'SampleDL', 'labelled_rows', 'no_shared_patient', 'two_view_dls']
+           'upside_down', 'Augment', 'Retype', 'SampleDL', 'labelled_rows', 'no_shared_patient', 'sample_dls',
+           'two_view_dls']
 
 # %% ../../nbs/data/30_samples.ipynb #45a94846
 import hashlib, json, random
@@ -180,7 +181,7 @@ def upside_down(
     "Turn some samples of a batch upside down"
     return tuple(torch.where(which[:,None,None,None], m.flip(-2), m) for m in maps)
 
-# %% ../../nbs/data/30_samples.ipynb #47db086d
+# %% ../../nbs/data/30_samples.ipynb #84cf4da8
 class Augment(ItemTransform):
     "Small movements and changes of exposure, on a batch, in training only"
     split_idx = 0
@@ -192,7 +193,7 @@ class Augment(ItemTransform):
         gamma:float=.1, # largest change of the exponent
         flip:float=0. # chance that a picture is turned upside down, 0 to 1
     ):
-        for k,v in dict(rotate=rotate, shift=shift, scale=scale, gain=gain, gamma=gamma, flip=flip).items(): check_range(v, 0, dict(rotate=45, flip=1).get(k, .9), 'Augment', k)
+        for k,v in dict(rotate=rotate, shift=shift, scale=scale, gain=gain, gamma=gamma, flip=flip).items(): check_range(v, 0, dict(rotate=45, flip=1).get(k, .9), type(self).__name__, k)
         super().__init__()
         store_attr()
 
@@ -282,7 +283,27 @@ def no_shared_patient(
     e.patients = tuple(both)
     raise e
 
-# %% ../../nbs/data/30_samples.ipynb #5a4a276a
+# %% ../../nbs/data/30_samples.ipynb #c070bc64
+def sample_dls(
+    sets, # the training and the validation set, of `(inputs, targets)`
+    types:tuple, # the classes of inputs and targets
+    bs:int, # samples a batch
+    augment=None, # a transform of whole batches, in training only; `None` or `False`: none
+    seed:int|None=None, # of the order of the batches; `None`: from Python's global generator
+    device=None, # of the batches; `None`: fastai's default
+    num_workers:int=0, # processes that load
+    where:str='sample_dls' # named in an error
+)->DataLoaders: # `train` and `valid`
+    "Loaders of a task's samples"
+    bs = min(check_range(bs, 1, None, where, 'bs', whole=True), len(sets[0]))
+    if augment and not isinstance(augment, ItemTransform): raise InputError(where, 'augment', repr(augment), 'True, False, None or an Augment')
+    tfms = [Retype(*types), *([augment] if augment else [])]
+    loaders = [SampleDL(ds, bs=bs*(i+1), shuffle=i == 0, drop_last=i == 0, num_workers=num_workers, after_batch=tfms) for i,ds in enumerate(sets)]
+    if seed is not None:
+        for o in loaders: o.rng = random.Random(seed)
+    return DataLoaders(*loaders, device=device or default_device())
+
+# %% ../../nbs/data/30_samples.ipynb #409a4bff
 def two_view_dls(
     prepared:PreparedCohort, # prepared pictures with a cohort that has splits
     bs:int=16, # breasts a batch
@@ -302,15 +323,8 @@ def two_view_dls(
     rows = breasts(prepared.cohort) if rows is None else rows
     tables = [labelled_rows(prepared, s, rows) for s in (train, valid)]
     no_shared_patient(*tables)
-    bs = min(check_range(bs, 1, None, 'two_view_dls', 'bs', whole=True), len(tables[0]))
-    tfms, loaders = [Augment() if augment is True else augment] if augment else [], []
-    if tfms and not callable(tfms[0]): raise InputError('two_view_dls', 'augment', repr(augment), 'True, False, None or an Augment')
-    for i,t in enumerate(tables):
-        ds = TwoViewDataset(prepared, t, gaze, gaze_stride, in_memory, split_idx=i)
-        loaders.append(SampleDL(ds, bs=bs*(i+1), shuffle=i == 0, drop_last=i == 0, num_workers=num_workers, after_batch=[Retype(TwoViewInputs, TwoViewTargets), *tfms]))
-    if seed is not None:
-        for o in loaders: o.rng = random.Random(seed)
-    dls = DataLoaders(*loaders, device=device or default_device())
+    sets = [TwoViewDataset(prepared, t, gaze, gaze_stride, in_memory, split_idx=i) for i,t in enumerate(tables)]
+    dls = sample_dls(sets, (TwoViewInputs, TwoViewTargets), bs, Augment() if augment is True else augment, seed, device, num_workers, 'two_view_dls')
     dls.left_out = int(rows.split.isin((train, valid)).sum()) - sum(map(len, tables))
     dls.description = dict(_describe(prepared, tables[0]), train=train, valid=valid)
     return dls

@@ -42,7 +42,15 @@ def risk_table(
     if lost.any() and not quiet: print(f'{lost.sum()} of {len(out)} breasts have neither a cancer nor a follow-up and are left out')
     return out[~lost].reset_index(drop=True)
 
-# %% ../../nbs/metrics/15_survival.ipynb #727b02a7
+# %% ../../nbs/metrics/15_survival.ipynb #6cbe3012
+def _arrays(time, event, weight):
+    "Years, events as bool, weights [B,N]"
+    return np.asarray(time, dtype=np.float64), np.asarray(event) == 1, np.atleast_2d(_weights(weight, len(time)))
+
+def _as_asked(values, weight):
+    "[B] where many weights were given, else one number"
+    return values if np.ndim(weight) == 2 else float(np.ravel(values)[0])
+
 def _steps(time, end, weight):
     "Kaplan-Meier of the event `end` (bool), weights [B,N] -> (sorted different times [T], probability to be without it after each [B,T])"
     w = np.atleast_2d(weight)
@@ -77,7 +85,7 @@ def followed_before(
     g = np.concatenate([np.ones((len(g), 1)), g], 1)[:, np.searchsorted(times, np.asarray(at, dtype=np.float64), side='left')]
     return g if np.ndim(w) == 2 else g[0]
 
-# %% ../../nbs/metrics/15_survival.ipynb #06402261
+# %% ../../nbs/metrics/15_survival.ipynb #b3c01423
 def _pairs(risk, time, event, year, of_the_later):
     "For the events i (rows) and everybody j: 1 where i has the higher risk, 1/2 at a tie, and whether the pair counts"
     i = np.flatnonzero(event)
@@ -102,8 +110,8 @@ def c_index(
 ): # float or [B]; NaN where no pair counts
     "Concordance: the probability that the one who gets cancer first has the higher risk"
     check_in(convention, ('uno', 'harrell', 'mirai'), 'c_index', 'convention')
-    time, event = np.asarray(time, dtype=np.float64), np.asarray(event) == 1
-    risk, w = np.stack([np.asarray(r, dtype=np.float64) for r in risk], 1), np.atleast_2d(_weights(weight, len(time)))
+    time, event, w = _arrays(time, event, weight)
+    risk = np.stack([np.asarray(r, dtype=np.float64) for r in risk], 1)
     if convention == 'mirai': time, event = _whole_years(time, event, max(risk.shape[1], 5))
     year = np.clip(np.ceil(time-1e-9).astype(int), 1, risk.shape[1])-1
     i, first, right = _pairs(risk, time, event, year, convention == 'mirai')
@@ -112,7 +120,7 @@ def c_index(
     if convention == 'uno': start = start/followed_before(time, event, time[i], w).clip(1e-12)**2
     if convention == 'mirai': end = end/_free_at(time, event, w).clip(1e-12)**2
     out = _ratio((start*(end @ (first*right).T)).sum(-1), (start*(end @ first.T.astype(float))).sum(-1))
-    return out if np.ndim(weight) == 2 else float(np.ravel(out)[0])
+    return _as_asked(out, weight)
 
 def _free_at(time, event, w):
     times, s = survival_curve(time, event, w)
@@ -132,7 +140,7 @@ def auc_by_year(
     label = np.where(ill & (time <= year), 1., np.where(time >= year, 0., np.nan))
     return auc(label, risk, weight)
 
-# %% ../../nbs/metrics/15_survival.ipynb #838b1825
+# %% ../../nbs/metrics/15_survival.ipynb #36feb432
 def _at_year(time, event, w, year):
     "Weights [B,N] of those with a cancer by `year` and of those free of it after"
     ill, free = (event & (time <= year)), time > year
@@ -148,13 +156,13 @@ def auc_cumulative(
     year:float=5 # k
 ): # float or [B]; NaN where a class is missing
     "The same, for all women, also those who left"
-    time, event, w = np.asarray(time, dtype=np.float64), np.asarray(event) == 1, np.atleast_2d(_weights(weight, len(time)))
+    time, event, w = _arrays(time, event, weight)
     ill, free = _at_year(time, event, w, year)
     both = np.concatenate([ill, free], 1)
     out = auc(np.repeat([1, 0], len(time)), np.tile(np.asarray(risk, dtype=np.float64), 2), both)
-    return out if np.ndim(weight) == 2 else float(np.ravel(out)[0])
+    return _as_asked(out, weight)
 
-# %% ../../nbs/metrics/15_survival.ipynb #90eab89c
+# %% ../../nbs/metrics/15_survival.ipynb #c31335b1
 @batched
 def brier_by_year(
     time, # [N] years
@@ -164,13 +172,13 @@ def brier_by_year(
     year:float=5 # k
 ): # float or [B], 0 (perfect) to 1
     "Mean squared error of the risk by `year`, corrected for those who left"
-    time, event, w = np.asarray(time, dtype=np.float64), np.asarray(event) == 1, np.atleast_2d(_weights(weight, len(time)))
+    time, event, w = _arrays(time, event, weight)
     ill, free = _at_year(time, event, w, year)
     r = np.asarray(risk, dtype=np.float64)
     out = _ratio((ill*(1-r)**2 + free*r**2).sum(-1), w.sum(-1))
-    return out if np.ndim(weight) == 2 else float(np.ravel(out)[0])
+    return _as_asked(out, weight)
 
-# %% ../../nbs/metrics/15_survival.ipynb #901cb781
+# %% ../../nbs/metrics/15_survival.ipynb #bdc8ba27
 @batched
 def expected_over_observed(
     time, # [N] years
@@ -180,11 +188,11 @@ def expected_over_observed(
     year:float=5 # k
 ): # float or [B]; NaN without a cancer by then
     "Mean risk that was said, over the share that came true"
-    time, w = np.asarray(time, dtype=np.float64), np.atleast_2d(_weights(weight, len(time)))
+    time, event, w = _arrays(time, event, weight)
     times, s = survival_curve(time, event, w)
     s = np.concatenate([np.ones((len(s), 1)), s], 1)[:, np.searchsorted(times, year, side='right')]
     out = _ratio((w*np.asarray(risk, dtype=np.float64)).sum(-1), w.sum(-1)*(1-s))
-    return out if np.ndim(weight) == 2 else float(np.ravel(out)[0])
+    return _as_asked(out, weight)
 
 def plot_risk_calibration(
     table:pd.DataFrame, # as from `risk_table`
