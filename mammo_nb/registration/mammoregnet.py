@@ -15,7 +15,7 @@ from torchvision.models.swin_transformer import SwinTransformerBlock
 from ..core.errors import InputError, check_in, check_range
 from .flow import compose, jacobian_determinant, pixel_grid, resize_flow, warp
 
-# %% ../../nbs/registration/05_mammoregnet.ipynb #35ebf766
+# %% ../../nbs/registration/05_mammoregnet.ipynb #806b8635
 def ncc(
     a:Tensor, # [B,1,H,W]
     b:Tensor, # [B,1,H,W]
@@ -27,7 +27,7 @@ def ncc(
     if window is None: mean = lambda x: x.mean((1, 2, 3), keepdim=True)
     else:
         if check_range(window, 3, None, 'ncc', 'window', whole=True) % 2 == 0: raise InputError('ncc', 'window', window, 'an odd number')
-        mean = lambda x: F.avg_pool2d(x, window, 1, window//2, count_include_pad=False)
+        mean = lambda x: F.avg_pool2d(F.avg_pool2d(x, (window, 1), 1, (window//2, 0), count_include_pad=False), (1, window), 1, (0, window//2), count_include_pad=False)
     ma, mb = mean(a), mean(b)
     cov, va, vb = (mean(x*y)-mx*my for x, y, mx, my in ((a, b, ma, mb), (a, a, ma, ma), (b, b, mb, mb)))
     inside = (va > 1e-5) & (vb > 1e-5)
@@ -102,37 +102,50 @@ class _Expand(nn.Module):
 
     def forward(self, x): return self.norm(self.up(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-# %% ../../nbs/registration/05_mammoregnet.ipynb #6ef667f1
+# %% ../../nbs/registration/05_mammoregnet.ipynb #1f7c0abd
 class MammoRegNet(nn.Module):
     "Fixed and moving picture -> flow, coarse to fine"
     def __init__(self,
         width:int=8, # channels of the finest map of the encoder; those of the decoder are twice as many
         depth:int=4, # Swin blocks a stage
         window:int=5, # cells of an attention window
-        inverse:bool=False # also the flow from the fixed to the moving picture, as `inverse_flow`: twice the time
+        inverse:bool=False, # also the flow from the fixed to the moving picture, as `inverse_flow`: twice the time
+        shrink:int=1, # work on pictures so many times smaller, and enlarge the flow
+        finest:int=0 # scale at which the flow ends, 0 (every pixel, as in the source) to 3 (every eighth)
     ):
         super().__init__()
-        check_range(width, 2, None, 'MammoRegNet', 'width', whole=True)
+        for k, v in dict(width=width, depth=depth, window=window, shrink=shrink).items(): check_range(v, 2 if k == 'width' else 1, None, 'MammoRegNet', k, whole=True)
         e, d = [width*2**k for k in range(5)], [2*width*2**k for k in range(5)]
-        self.inverse = inverse
+        self.inverse, self.shrink, self.finest = inverse, shrink, check_in(finest, (0, 1, 2, 3), 'MammoRegNet', 'finest')
         self.encoder = nn.ModuleList(_double(i, o) for i, o in zip([1]+e, e))
-        self.stages = nn.ModuleList([_double(2*e[0]+d[0], d[0])] + [_Swin(2*e[k]+d[k], d[k], 2**k, depth, window) for k in (1, 2, 3)] + [_Swin(2*e[4], d[4], 16, depth, window)])
-        self.expand = nn.ModuleList(_Expand(d[k+1]) for k in range(4))
-        self.affine, self.heads = AffineHead(d[4]), nn.ModuleList(nn.Conv2d(d[k], 2, 3, 1, 1) for k in range(4))
+        stage = lambda k: _Swin(2*e[k]+d[k], d[k], 2**k, depth, window) if k else _double(2*e[0]+d[0], d[0])
+        self.coarsest = _Swin(2*e[4], d[4], 16, depth, window)
+        levels = range(finest, 4)
+        self.stages, self.expand = (nn.ModuleList(map(f, levels)) for f in (stage, lambda k: _Expand(d[k+1])))
+        self.affine, self.heads = AffineHead(d[4]), nn.ModuleList(nn.Conv2d(d[k], 2, 3, 1, 1) for k in levels)
         for h in self.heads: nn.init.normal_(h.weight, std=1e-5); nn.init.zeros_(h.bias)
 
     def forward(self,
-        fixed:Tensor, # [B,1,H,W] in [0,1], sides multiples of 16
+        fixed:Tensor, # [B,1,H,W] in [0,1]
         moving:Tensor # [B,1,H,W]
     )->dict: # `flow` [B,2,H,W], `warped`, `affined` [B,1,H,W], `affine` [B,2,3], perhaps `inverse_flow`
-        if fixed.shape != moving.shape or any(n % 16 for n in fixed.shape[2:]): raise InputError('MammoRegNet', 'pictures', f'{list(fixed.shape)} and {list(moving.shape)}', 'two of one size, sides multiples of 16')
-        maps = self.pyramid(torch.cat([fixed, moving]))
-        fix, mov = zip(*(m.chunk(2) for m in maps))
-        rough, flow, theta = self.flow(fix, mov)
-        out = dict(flow=flow, warped=warp(moving, flow), affined=warp(moving, rough), affine=theta)
-        return out | dict(inverse_flow=self.flow(mov, fix)[1]) if self.inverse else out
+        if fixed.shape != moving.shape or fixed.shape[1] != 1: raise InputError('MammoRegNet', 'pictures', f'{list(fixed.shape)} and {list(moving.shape)}', 'two of one size, [B,1,H,W]')
+        size = fixed.shape[2:]
+        fix, mov = zip(*(m.chunk(2) for m in self.pyramid(self.fit(torch.cat([fixed, moving])))))
+        flow, theta = self.flow(fix, mov)
+        flow = resize_flow(flow, size)
+        out = dict(flow=flow, warped=warp(moving, flow), affined=warp(moving, affine_flow(theta, size)), affine=theta)
+        return out | dict(inverse_flow=resize_flow(self.flow(mov, fix)[0], size)) if self.inverse else out
 
-# %% ../../nbs/registration/05_mammoregnet.ipynb #04e6fde5
+# %% ../../nbs/registration/05_mammoregnet.ipynb #bd848852
+@patch
+def fit(self:MammoRegNet,
+    x:Tensor # [N,1,H,W]
+)->Tensor: # [N,1,h,w], `shrink` times smaller, sides multiples of 16
+    "Pictures of the size that the network works on"
+    size = [max(16, -(-n//(16*self.shrink))*16) for n in x.shape[2:]]
+    return x if size == list(x.shape[2:]) else F.interpolate(x, size=size, mode='bilinear', align_corners=True, antialias=True)
+
 @patch
 def pyramid(self:MammoRegNet,
     x:Tensor # [N,1,H,W]
@@ -146,16 +159,16 @@ def pyramid(self:MammoRegNet,
 def flow(self:MammoRegNet,
     fix, # maps of the fixed picture, from `pyramid`
     mov # maps of the moving picture
-)->tuple: # affine flow [B,2,H,W], flow [B,2,H,W], affine map [B,2,3]
+)->tuple: # flow [B,2,h,w], affine map [B,2,3]
     "From maps to a flow, coarse to fine"
-    x = self.stages[4](torch.cat([fix[4], mov[4]], 1))
+    x = self.coarsest(torch.cat([fix[4], mov[4]], 1))
     theta = self.affine(x)
     flow = affine_flow(theta, fix[4].shape[2:])
-    for k in (3, 2, 1, 0):
+    for k, stage, expand, head in list(zip(range(self.finest, 4), self.stages, self.expand, self.heads))[::-1]:
         flow = resize_flow(flow, fix[k].shape[2:])
-        x = self.stages[k](torch.cat([fix[k], self.expand[k](x), warp(mov[k], flow, padding='border')], 1))
-        flow = flow + self.heads[k](x)
-    return affine_flow(theta, fix[0].shape[2:]), flow, theta
+        x = stage(torch.cat([fix[k], expand(x), warp(mov[k], flow, padding='border')], 1))
+        flow = flow + head(x)
+    return flow, theta
 
 # %% ../../nbs/registration/05_mammoregnet.ipynb #874daa58
 def refine(
