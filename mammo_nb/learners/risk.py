@@ -123,7 +123,7 @@ def lmvnet_learner(
     model = LMVNet(encoder, registration, stride, dls.train_ds.years, pretrained=pretrained, **(model_args or {}))
     return risk_learner(dls, model, **kwargs)
 
-# %% ../../nbs/learners/15_risk.ipynb #451338eb
+# %% ../../nbs/learners/15_risk.ipynb #54cdec6b
 def _batches(model, ds, bs, progress):
     "Outputs of a model for a whole data set, by name"
     device, was, out = next(model.parameters()).device, model.training, []
@@ -155,14 +155,17 @@ def predict(
     priors:int=1, # prior exams that the model may use
     registration=None, # asked once for every pair, see `data.risk_samples.prior_flows`; `None`: that of the model
     system:str='lmvnet', # name in the table
+    samples:RiskDataset|None=None, # samples that are there already; they replace rows, priors and registration
     bs:int=16, # breasts a batch
     progress:bool=False # a progress bar
 )->pd.DataFrame: # predictions table
     "What a risk model says about the breasts of a cohort"
     model = getattr(model, 'model', model)
-    rows = breast_history(check_prepared(prepared, 'predict').cohort, priors, current='last') if rows is None else rows
-    if split is not None: rows = rows[rows.split == check_in(split, ('train', 'valid', 'test'), 'predict', 'split')]
-    ds = RiskDataset(prepared, rows, model.years, priors, in_memory=False, registration=registration, progress=progress)
+    if samples is not None: ds = rows = samples
+    else:
+        rows = breast_history(check_prepared(prepared, 'predict').cohort, priors, current='last') if rows is None else rows
+        if split is not None: rows = rows[rows.split == check_in(split, ('train', 'valid', 'test'), 'predict', 'split')]
+        ds = RiskDataset(prepared, rows, model.years, priors, in_memory=False, registration=registration, progress=progress)
     if not len(ds): raise InputError('predict', f'split {split}' if split else 'rows', f'no breast with a prepared picture ({len(rows)} rows)', 'at least one')
     out, version = _batches(model, ds, bs, progress), model_version(model)
     return pd.concat([predictions_table(ds.rows, v, system, k, version) for k, v in _named(out).items()], ignore_index=True)

@@ -81,10 +81,10 @@ def _set_generators(dls, s):
 
 def _plain(v): return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 0) == 0 and not isinstance(v, torch.Tensor) else v
 
-# %% ../../nbs/learners/02_training.ipynb #2b965ab3
+# %% ../../nbs/learners/02_training.ipynb #2e1f5df2
 class Resumable(Callback):
     "Write a checkpoint after each epoch; go on from it if it is there"
-    order, remove_on_fetch, _only_train_loop = 200, True, True
+    order, remove_on_fetch, _only_train_loop = 10**6, True, True # after everybody else
     counts = ('best', 'wait', 'weights', 'epoch_of_best')
     def __init__(self,
         folder # where the checkpoint is, or will be: `checkpoint.pt`

@@ -1,0 +1,129 @@
+"""Is a prior worth reading, and does it have to be aligned? On in-silico patients: `make bench NAME=lmvnet SEED=0`.
+
+Draws `insilico-v1` with two exams for the data seed (any). On the training patients it trains, without labels, the registration,
+and with three training seeds each: `current_exam` (CC and MLO of now), then from its encoder `lmvnet` (with the aligned prior) and
+`unaligned` (the same with the prior as it lies), all three with the same pictures, augmentation, loss and choice of the epoch.
+`lmvnet_no_prior` is the trained `lmvnet` asked without priors; `density` knows the density alone; `oracle` is the risk of a
+reader who sees all that the pictures contain (`data.known_truth`). Every breast of the test patients at their last exam; metrics
+are averaged over the training seeds, intervals are from a bootstrap over patients. The recipe was chosen on data seed 1000,
+which no row of the results is measured on.
+
+What is finished is kept below `.cache/`, so a stopped run goes on where it was.
+"""
+import argparse, sys, time
+from functools import partial
+from pathlib import Path
+import pandas as pd, torch
+from joblib import Parallel, delayed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks._common import Bench, cores
+from benchmarks.registration import LOSS, NET, SIZE, in_silico, trained as trained_registration
+from mammo_nb.core.seeding import seed_everything
+from mammo_nb.data.insilico import Settings, settings_name
+from mammo_nb.data.known_truth import oracle_risk
+from mammo_nb.data.risk_samples import RiskAugment, RiskDataset, breast_history, prior_flows, risk_dls
+from mammo_nb.learners.risk import predict, risk_learner
+from mammo_nb.metrics.bootstrap import bootstrap_ci, paired_difference
+from mammo_nb.metrics.predictions import predictions_table
+from mammo_nb.metrics.survival import auc_by_year, brier_by_year, c_index, risk_table
+from mammo_nb.models.lmvnet import LMVNet, UnalignedRisk
+from mammo_nb.models.risk import CurrentExamRisk, DensityRisk
+from mammo_nb.report.stages import code_hash
+
+YEARS = range(1, 6)
+LMV = dict(width=16, dropout=0., weight_dropout=0., drop_path=.1)
+RATE = dict(current_exam=3e-3, density=1e-2, lmvnet=1e-3, unaligned=1e-3)
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--seed', type=int, default=0, help='of the patients')
+    p.add_argument('--patients', type=int, default=1200)
+    p.add_argument('--epochs', type=int, default=3, help='of lmvnet and unaligned')
+    p.add_argument('--first-epochs', type=int, default=8, help='of current_exam')
+    p.add_argument('--registration-epochs', type=int, default=3)
+    p.add_argument('--train-seeds', type=int, nargs='+', default=[0, 1, 2])
+    return p.parse_args()
+
+def loaders(prepared, rows, flows, seed):
+    dls = risk_dls(prepared, bs=16, rows=rows, augment=RiskAugment(flip=.5), seed=seed, device='cpu', in_memory=True)
+    for ds in (dls.train_ds, dls.valid_ds): ds.flows = flows
+    return dls
+
+def model_of(kind, seed, encoder=None):
+    "A new model; `encoder`: weights to begin with"
+    seed_everything(seed)
+    if kind == 'density': return DensityRisk()
+    if kind == 'current_exam': return CurrentExamRisk('small', 8, dropout=.1, width=LMV['width'])
+    net = (UnalignedRisk if kind == 'unaligned' else partial(LMVNet, registration=None))('small', stride=8, **LMV)
+    net.processor.encoder.load_state_dict(encoder)
+    return net
+
+def train(kind, seed, prepared, rows, flows, epochs, folder):
+    "Predictions of one training for the test patients; made once"
+    out, weights = folder/f'{kind}_{seed}.parquet', folder/f'{kind}_{seed}.pt'
+    if out.exists(): return pd.read_parquet(out)
+    torch.set_num_threads(1) # one training a core is faster than two threads a training
+    start, first = time.time(), folder/f'current_exam_{seed}.pt'
+    encoder = None if kind in ('current_exam', 'density') else {k.removeprefix('encoder.'): v for k, v in torch.load(first, weights_only=True).items() if k.startswith('encoder.')}
+    dls = loaders(prepared, rows, flows if kind == 'lmvnet' else None, seed)
+    learn = risk_learner(dls, model_of(kind, seed, encoder), recipe=None, encoder_rate=.3 if encoder else 1, lr=RATE[kind], wd=.01, folder=folder/f'{kind}_{seed}')
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
+    test = rows[rows.split == 'test']
+    said = {kind: ask(learn.model, prepared, test, flows if kind == 'lmvnet' else None, kind)}
+    if kind == 'lmvnet':
+        alone = test.assign(**{c: None for c in test if c.startswith('previous_image_id')})
+        said['lmvnet_no_prior'] = ask(learn.model, prepared, alone, None, 'lmvnet_no_prior')
+    t = pd.concat(said.values(), ignore_index=True)
+    for path, write in ((weights, lambda p: torch.save(learn.model.state_dict(), p)), (out, t.to_parquet)): write(path.with_suffix('.part')); path.with_suffix('.part').replace(path)
+    print(f'  trained {kind}, seed {seed}: {time.time()-start:.0f} s, best epoch {learn.keep_best.epoch_of_best+1} of {epochs}', flush=True)
+    return t
+
+def ask(model, prepared, rows, flows, system):
+    "Predictions with flows that were computed before"
+    ds = RiskDataset(prepared, rows, model.years, in_memory=False); ds.flows = flows
+    return predict(model, prepared, system=system, samples=ds)
+
+def known_outputs(risk, rows, system):
+    "A predictions table of risks that no model said"
+    return pd.concat([predictions_table(rows, risk[:, k-1], system, f'risk_year_{k}', 'truth') for k in YEARS], ignore_index=True)
+
+METRICS = {'c_index': (partial(c_index, tau=5.), [f'risk_year_{k}' for k in YEARS])} | {f'auc_year_{k}': (partial(auc_by_year, year=k), [f'risk_year_{k}']) for k in YEARS} | {'brier': (partial(brier_by_year, year=5), ['risk_year_5'])}
+
+def estimate(tables, metric, other=None):
+    f, columns = METRICS[metric]
+    columns = ('time', 'event', *columns)
+    return bootstrap_ci(tables, f, columns=columns) if other is None else paired_difference(tables, other, f, columns=columns)
+
+def main():
+    a = arguments()
+    config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=[a.first_epochs, a.epochs, a.registration_epochs], rates=RATE, net=NET, loss=LOSS, **LMV)
+    bench = Bench('lmvnet', a.seed, config, f'about {round(a.patients/1200*(12+4*a.registration_epochs+len(a.train_seeds)*(.6*a.first_epochs/2+3*a.epochs)))} minutes on 2 cores, most of it to train {3*len(a.train_seeds)} models', train_seeds=a.train_seeds)
+    if bench.done('lmvnet_no_prior - current_exam', 'c_index'): return print('  all rows are there already, for this commit and these settings')
+    prepared, base = in_silico(a.patients, a.seed)
+    code = code_hash('mammo_nb.learners.risk', 'mammo_nb.learners.registration', 'mammo_nb.data.cache')[:12]
+    folder = base/f'risk_{a.first_epochs}_{a.epochs}_{a.registration_epochs}_{code}'; folder.mkdir(parents=True, exist_ok=True)
+    net = trained_registration(prepared, folder/'registration', a.registration_epochs)
+    rows = breast_history(prepared.cohort, current='last')
+    flows = folder/'flows.pt'
+    if not flows.exists(): torch.save(prior_flows(RiskDataset(prepared, rows, in_memory=False), net), flows.with_suffix('.part')); flows.with_suffix('.part').replace(flows)
+    flows = torch.load(flows, weights_only=True)
+    found = {}
+    for kinds, epochs in ((('current_exam', 'density'), a.first_epochs), (('lmvnet', 'unaligned'), a.epochs)):
+        jobs = [(k, s) for s in a.train_seeds for k in kinds]
+        found |= zip(jobs, Parallel(n_jobs=cores())(delayed(train)(k, s, prepared, rows, flows, epochs, folder) for k, s in jobs))
+    report(bench, found, a.train_seeds, rows[rows.split == 'test'], oracle_risk(prepared.cohort, rows[rows.split == 'test']))
+
+def report(bench, found, seeds, test, oracle):
+    "All rows, from the predictions of all trainings"
+    truth = test.assign(split='test')
+    table = lambda t: risk_table(t, truth, quiet=True)
+    runs = {'oracle': [table(known_outputs(oracle, test, 'oracle'))]}
+    for kind in ('lmvnet', 'lmvnet_no_prior', 'unaligned', 'current_exam', 'density'):
+        source = 'lmvnet' if kind == 'lmvnet_no_prior' else kind
+        runs[kind] = [table(found[source, s][found[source, s].system == kind]) for s in seeds]
+    for kind, ts in runs.items():
+        for m in METRICS: e = estimate(ts, m); bench.add(kind, m, e.value, e.low, e.high, n=e.n)
+    for a, b in (('lmvnet', 'current_exam'), ('lmvnet', 'unaligned'), ('lmvnet', 'lmvnet_no_prior'), ('lmvnet_no_prior', 'current_exam')):
+        e = estimate(runs[a], 'c_index', runs[b]); bench.add(f'{a} - {b}', 'c_index', e.value, e.low, e.high, n=e.n)
+
+if __name__ == '__main__': main()

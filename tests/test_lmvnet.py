@@ -1,0 +1,148 @@
+"""LMV-Net: its parts by hand, what may not change in training, and a training that is killed."""
+import os, signal, subprocess, sys, textwrap, time
+import pytest, torch
+from timm.layers import DropPath
+from torch import nn
+from mammo_nb.core.seeding import seed_everything
+from mammo_nb.data.cache import prepare_cohort
+from mammo_nb.data.insilico import insilico_cohort, write_insilico
+from mammo_nb.data.prepare import PrepareConfig
+from mammo_nb.data.risk_samples import risk_dls
+from mammo_nb.learners.risk import lmvnet_learner
+from mammo_nb.models.lmvnet import Attention, LMVNet, LongitudinalFeatureProcessor
+from mammo_nb.models.risk import ContinuousPosEncoding, CumulativeProbabilityLayer
+from mammo_nb.registration.mammoregnet import MammoRegNet
+
+def batch(b=2, size=(64, 48), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {f'{w}_image_{v}': torch.rand(b, 1, *size, generator=g) for v in ('cc', 'mlo') for w in ('current', 'previous')} | dict(time_gap=torch.rand(b, 1, generator=g)*4+.5)
+
+# the cumulative layer
+
+def layer(hazards=(1, 2, 3, 4, 5), base=0.):
+    m = CumulativeProbabilityLayer(3)
+    with torch.no_grad(): m.hazard.weight.zero_(); m.hazard.bias.copy_(torch.tensor(hazards, dtype=torch.float32)); m.base.weight.zero_(); m.base.bias.fill_(base)
+    return m
+
+def test_hazards_add_up(): assert layer()(torch.randn(1, 3)).tolist() == [[1, 3, 6, 10, 15]]
+def test_without_hazards_all_years_are_the_base(): assert (layer([0]*5, -1.25)(torch.randn(4, 3)) == -1.25).all()
+def test_negative_hazards_are_none(): assert layer([1, -2, 3, -4, 5])(torch.randn(1, 3)).tolist() == [[1, 1, 4, 4, 9]]
+
+@pytest.mark.parametrize('seed', range(5))
+def test_risk_never_falls(seed):
+    torch.manual_seed(seed)
+    p = CumulativeProbabilityLayer(16)(torch.randn(64, 16)*3).sigmoid()
+    assert (p.diff(dim=1) >= 0).all() and (p > 0).all() and (p < 1).all()
+
+# time
+
+def test_time_is_exact_at_the_nodes_and_linear_between():
+    e = ContinuousPosEncoding(8)
+    node = torch.arange(240)*5/239
+    want = torch.stack([(node[:, None]*torch.exp(-torch.arange(0, 8, 2)*torch.log(torch.tensor(1e4))/8)).sin(), (node[:, None]*torch.exp(-torch.arange(0, 8, 2)*torch.log(torch.tensor(1e4))/8)).cos()], -1).flatten(1)
+    assert torch.allclose(e.code(node), want, atol=1e-4)
+    assert torch.allclose(e.code((node[3:4]+node[4:5])/2), (want[3:4]+want[4:5])/2, atol=1e-4)
+    assert torch.equal(e.code(torch.tensor([5., 7., 90.])), e.code(torch.tensor([5., 5., 5.])))
+
+def test_gaps_as_a_vector_or_a_column():
+    net, x = LMVNet('small', stride=8, width=4).eval(), batch()
+    with torch.no_grad(): assert torch.equal(net(x)['risk_multi'], net(x | dict(time_gap=x['time_gap'][:, 0]))['risk_multi'])
+
+# the processor
+
+class Same(nn.Module):
+    channels = 4
+    def forward(self, x): return x.expand(-1, 4, -1, -1)
+
+def test_nothing_changed_means_the_time_alone():
+    p, x, gap = LongitudinalFeatureProcessor(Same(), 'abs').eval(), torch.rand(2, 1, 6, 8), torch.tensor([[1.], [3.]])
+    with torch.no_grad(): f, _ = p(x, x, gap)
+    assert torch.allclose(f[:, :4], f[:, 4:8]) and torch.allclose(f[:, 8:], p.time.code(gap)[..., None, None].expand(2, 4, 6, 8), atol=1e-6)
+
+def test_the_prior_that_is_concatenated_is_the_aligned_one():
+    x, flow = torch.rand(1, 1, 10, 14), torch.zeros(1, 1, 2, 10, 14); flow[:, :, 1] = 2
+    with torch.no_grad(): aligned, raw = (LongitudinalFeatureProcessor(Same(), prior_mode=m).eval()(x, x, torch.ones(1, 1), flow=flow)[0][:, 4:5] for m in ('aligned', 'raw'))
+    assert torch.equal(raw, x) and torch.allclose(aligned[..., :-2], x[..., 2:], atol=1e-5)
+
+# attention
+
+def test_attention_is_that_of_pytorch():
+    torch.manual_seed(0)
+    ours, theirs = Attention(24, 3, 0.).eval(), nn.MultiheadAttention(24, 3, batch_first=True).eval()
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.kv.weight])); theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.kv.bias]))
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+        x, y = torch.randn(2, 7, 24), torch.randn(2, 11, 24)
+        want, weights = theirs(x, y, y)
+        assert torch.allclose(ours(x, y), want, atol=1e-5) and torch.allclose(ours.attention_to(x, y, 4), weights[:, 4], atol=1e-6)
+
+def test_exchanged_views_exchange_their_curves():
+    net, x = LMVNet('small', stride=8, width=4).eval(), batch()
+    for m in (net.blocks[0].norm1, net.blocks[0].norm2, net.blocks[0].ffn): m[1] = m[0]
+    other = {k.replace('cc', '?').replace('mlo', 'cc').replace('?', 'mlo'): v for k, v in x.items()}
+    with torch.no_grad(): a, b = net(x), net(other)
+    assert torch.allclose(a['risk_cc'], b['risk_mlo'], atol=1e-5) and torch.allclose(a['risk_mlo'], b['risk_cc'], atol=1e-5) and not torch.allclose(a['risk_cc'], a['risk_mlo'], atol=1e-5)
+    assert sum(isinstance(m, CumulativeProbabilityLayer) for m in net.modules()) == 1
+
+def test_drop_path_keeps_the_mean():
+    torch.manual_seed(0)
+    d, x = DropPath(.2), torch.ones(20000, 1)
+    assert abs(float(d.train()(x).mean())-1) < .02 and torch.equal(d.eval()(x), x)  # standard error .0035
+
+# freezing and resuming
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('risk')
+    files = write_insilico(insilico_cohort(24, seed=3, rows=96, cols=72, mm=2.5), folder/'files', workers=1, progress=False)
+    return prepare_cohort(files, folder/'cache', PrepareConfig(size=(64, 48)), workers=1, progress=False)
+
+def learner(prepared, registration=None, folder=None, cbs=None, **args):
+    return lmvnet_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), registration, 'small', 8, model_args=dict(width=4, heads=2, **args), folder=folder, seed=0, lr=1e-3, warmup=5, cbs=cbs)
+
+def test_frozen_parts_are_the_same_to_the_bit(prepared):
+    seed_everything(1)
+    net = MammoRegNet(width=2, depth=1)
+    learn = learner(prepared, net, freeze_encoder=True)
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    changed = {k for k, v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(k.startswith('registration') for k in before) and any('running_mean' in k for k in before)
+    assert not [k for k in changed if k.startswith(('processor.encoder', 'registration'))] and any(k.startswith('blocks') for k in changed)
+
+SCRIPT = '''
+    import sys, time
+    from fastai.callback.core import Callback
+    sys.path.insert(0, {tests!r})
+    from test_lmvnet import learner
+    from mammo_nb.data.cache import prepare_cohort
+    from mammo_nb.data.cohort import Cohort
+    from mammo_nb.data.prepare import PrepareConfig
+    import torch
+    class Slow(Callback):
+        order = 300
+        def after_batch(self): time.sleep({wait})
+        def after_epoch(self): print('epoch', self.epoch, flush=True)
+    prepared = prepare_cohort(Cohort.read({files!r}), {cache!r}, PrepareConfig(size=(64, 48)), workers=1, progress=False)
+    learn = learner(prepared, folder={folder!r}, cbs=[Slow()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    torch.save(learn.model.state_dict(), {out!r})
+'''
+
+def script(prepared, tmp_path, name, wait=0.):
+    text = SCRIPT.format(tests=os.path.dirname(__file__), files=str(prepared.cohort.root), cache=str(prepared.cache.folder), folder=str(tmp_path/name), out=str(tmp_path/f'{name}.pt'), wait=wait)
+    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(text)], stdout=subprocess.PIPE, text=True)
+
+def test_a_killed_training_ends_with_the_same_weights(prepared, tmp_path):
+    "SIGKILL in the middle of the third epoch, then the same command again"
+    p = script(prepared, tmp_path, 'killed', wait=.2)
+    for line in p.stdout:
+        if line.startswith('epoch 1'): break
+    time.sleep(.5); p.send_signal(signal.SIGKILL); assert p.wait() == -signal.SIGKILL
+    assert (tmp_path/'killed'/'checkpoint.pt').is_file() and not (tmp_path/'killed.pt').exists()
+    for name in ('killed', 'whole'):
+        p = script(prepared, tmp_path, name); out = p.communicate()[0]; assert p.returncode == 0
+        epochs = [l for l in out.splitlines() if l.startswith('epoch ')]
+        assert epochs == [f'epoch {k}' for k in range(2 if name == 'killed' else 0, 4)], out
+    a, b = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('killed', 'whole'))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,84 @@
+"""Flows and registrations against SimpleITK, closed forms, and shifts that are known."""
+import numpy as np, pytest, torch
+import SimpleITK as sitk
+from mammo_nb.core.seeding import seed_everything
+from mammo_nb.data.insilico import Settings, render
+from mammo_nb.models.lmvnet import LongitudinalFeatureProcessor
+from mammo_nb.registration.flow import folding_percent, jacobian_determinant, pixel_grid, resize_flow, warp
+from mammo_nb.registration.mammoregnet import MammoRegNet, Refined, RegistrationLoss, SitkRegistration, ncc
+
+H, W = 40, 56  # never square
+
+def picture(seed=0): return torch.rand(1, 1, H, W, generator=torch.Generator().manual_seed(seed))
+def constant(dy, dx, size=(H, W)): return torch.tensor([dy, dx], dtype=torch.float32).view(1, 2, 1, 1).expand(1, 2, *size)
+
+def test_no_flow_changes_nothing(): assert torch.allclose(warp(picture(), constant(0, 0)), picture(), atol=1e-4)  # coordinates are rounded to 1e-5 pixels
+
+def test_channel_0_moves_rows_and_channel_1_columns():
+    x = picture()
+    assert torch.allclose(warp(x, constant(1, 0))[..., :-1, :], x[..., 1:, :], atol=1e-5)
+    assert torch.allclose(warp(x, constant(0, 2))[..., :-2], x[..., 2:], atol=1e-5)
+
+def test_a_warp_is_that_of_simpleitk():
+    flow = torch.randn(1, 2, 5, 7, generator=torch.Generator().manual_seed(1))*3
+    flow = torch.nn.functional.interpolate(flow, size=(H, W), mode='bicubic', align_corners=True)
+    x = picture()
+    field = sitk.GetImageFromArray(np.moveaxis(flow[0].double().numpy()[::-1], 0, -1).copy(), isVector=True)  # (dx, dy)
+    theirs = sitk.GetArrayFromImage(sitk.Resample(sitk.GetImageFromArray(x[0, 0].numpy()), sitk.DisplacementFieldTransform(field), sitk.sitkLinear, 0.))
+    at = pixel_grid((H, W))+flow[0]
+    inside = ((at >= 0) & (at <= torch.tensor([H-1, W-1]).view(2, 1, 1))).all(0).numpy()  # beyond the border each library has its own custom
+    assert inside.mean() > .8 and np.abs(warp(x, flow)[0, 0].numpy()-theirs)[inside].max() < 1e-4
+
+def test_features_are_warped_as_pictures_are():
+    class Same(torch.nn.Module):
+        channels = 2
+        def forward(self, x): return x.expand(-1, 2, -1, -1)
+    x, flow = picture(), constant(3, -2)
+    f = LongitudinalFeatureProcessor(Same()).align(x.expand(-1, 2, -1, -1), flow)
+    assert torch.equal(f[:, :1], warp(x, flow, padding='border'))
+    half = LongitudinalFeatureProcessor(Same()).align(x[..., ::2, ::2].expand(-1, 2, -1, -1), flow)
+    assert torch.allclose(half[:, :1], warp(x[..., ::2, ::2], resize_flow(flow, (H//2, W//2)), padding='border'), atol=1e-6)
+
+def test_a_resized_constant_is_scaled():
+    out = resize_flow(constant(4, -6), (20, 14))
+    assert torch.allclose(out, constant(4*19/(H-1), -6*13/(W-1), (20, 14)), atol=1e-5)
+
+@pytest.mark.parametrize('dy, dx, det, folded', [
+    (lambda y, x: -2*y, lambda y, x: 0*x, -1, 100), (lambda y, x: -2*x, lambda y, x: 0*x, 1, 0), (lambda y, x: 0*y+3, lambda y, x: 0*x-2, 1, 0), (lambda y, x: .5*y, lambda y, x: .5*x, 2.25, 0)])
+def test_jacobians_by_hand(dy, dx, det, folded):
+    y, x = pixel_grid((H, W))
+    flow = torch.stack([dy(y, x), dx(y, x)])[None]
+    assert torch.allclose(jacobian_determinant(flow), torch.tensor(float(det)), atol=1e-4) and float(folding_percent(flow)) == folded
+
+@pytest.mark.parametrize('window', [None, 9])
+def test_correlation(window):
+    x = picture()
+    assert float(ncc(x, x, window)) == pytest.approx(1, abs=1e-3) and float(ncc(x, -x, window)) == pytest.approx(-1, abs=1e-3)
+    assert float(ncc(x, 3*x+2, window)) == pytest.approx(1, abs=1e-3) and abs(float(ncc(x, picture(9), window))) < .2
+
+def test_correlation_is_of_each_picture_and_not_of_the_batch():
+    a, b = torch.cat([picture(), picture(1)]), torch.cat([picture(), 5-picture(1)])
+    assert torch.allclose(ncc(a, b), torch.tensor([1., -1.]), atol=1e-4)
+
+@pytest.mark.parametrize('shift', [(6, 0), (-3, 5)])
+def test_a_network_finds_a_shift(shift):
+    "Trained on one phantom that was moved by whole pixels: more correlation, and the shift to a pixel"
+    seed_everything(0)
+    x = torch.from_numpy(render(Settings(seed=3, rows=96, cols=64, mm=2.5), 1, 0, 'L', 'CC', noise=False).astype(np.float32)/4095)[None, None]
+    x = torch.nn.functional.pad(x, (12, 12, 12, 12))[..., :112, :80]
+    moving = warp(x, constant(*shift, size=x.shape[2:]))  # moving(p) = fixed(p + shift), so fixed(p) = moving(p - shift)
+    net, loss = MammoRegNet(width=4, depth=1), RegistrationLoss(smooth=.2)
+    opt = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(80): opt.zero_grad(); loss(net(x, moving), x).backward(); opt.step()
+    with torch.no_grad(): out = net.eval()(x, moving)
+    assert float(ncc(x, out['warped'])) > float(ncc(x, moving))+.3*(1-float(ncc(x, moving)))
+    breast = x[0, 0] > .2
+    found = [float(c[breast].median()) for c in out['flow'][0]]
+    assert np.abs(np.add(found, shift)).max() < 1, found
+    assert float(folding_percent(out['flow'])) < .1
+
+def test_one_signature_for_all():
+    a, b = picture(), picture(1)
+    for f in (SitkRegistration('affine', steps=5), Refined(MammoRegNet(width=2, depth=1), steps=1)):
+        out = f(a, b)
+        assert out['flow'].shape == (1, 2, H, W) and torch.allclose(out['warped'], warp(b, out['flow']))
