@@ -31,7 +31,7 @@ from mammo_nb.models.risk import CurrentExamRisk, DensityRisk
 from mammo_nb.report.stages import code_hash
 
 YEARS = range(1, 6)
-LMV = dict(width=16, dropout=0., weight_dropout=0., drop_path=.1)
+LMV = dict(width=16, dense=True, token_pool=2, dropout=0., weight_dropout=0., drop_path=.1, prior_dropout=.2)
 RATE = dict(current_exam=3e-3, density=1e-2, lmvnet=1e-3, unaligned=1e-3)
 
 def arguments():
@@ -102,7 +102,7 @@ def main():
     prepared, base = in_silico(a.patients, a.seed)
     code = code_hash('mammo_nb.learners.risk', 'mammo_nb.learners.registration', 'mammo_nb.data.cache')[:12]
     folder = base/f'risk_{a.first_epochs}_{a.epochs}_{a.registration_epochs}_{code}'; folder.mkdir(parents=True, exist_ok=True)
-    net = trained_registration(prepared, folder/'registration', a.registration_epochs)
+    net = trained_registration(prepared, base, a.registration_epochs)
     rows = breast_history(prepared.cohort, current='last')
     flows = folder/'flows.pt'
     if not flows.exists(): torch.save(prior_flows(RiskDataset(prepared, rows, in_memory=False), net), flows.with_suffix('.part')); flows.with_suffix('.part').replace(flows)

@@ -46,7 +46,7 @@ class LocalContrast(nn.Module):
             d = (x-self.mean(x, inside))*inside
             return d/(self.mean(d*d, inside).sqrt()+.1*self.scale) if self.norm else d/self.scale
 
-# %% ../../nbs/models/03_blocks.ipynb #29ed0552
+# %% ../../nbs/models/03_blocks.ipynb #8324b41b
 def conv_bn(
     i:int, # channels in
     o:int, # channels out
@@ -60,16 +60,25 @@ class SmallEncoder(nn.Module):
     def __init__(self,
         width:int=16, # channels of the first stage; they double up to four times this
         stride:int=8, # 4, 8 or 16
-        sigma:float|None=6 # of the `LocalContrast` in front, pixels; `None`: the picture itself
+        sigma:float|None=6, # of the `LocalContrast` in front, pixels; `None`: the picture itself
+        dense:bool=False # leave the last halving out: the same weights, a map twice as fine
     ):
         super().__init__()
         check_in(stride, (4, 8, 16), 'SmallEncoder', 'stride')
-        self.name,self.stride,self.source = 'small',stride,False
+        self.name,self.stride,self.source = 'small',stride//2 if dense else stride,False
         stages = {4:2, 8:3, 16:4}[stride]
         w = [1]+[width*min(2**i, 4) for i in range(stages)]
         self.local = nn.Identity() if sigma is None else LocalContrast(sigma)
         self.body = nn.Sequential(*[nn.Sequential(conv_bn(i, o, 2), conv_bn(o, o)) for i,o in zip(w, w[1:])], conv_bn(w[-1], w[-1]))
         self.channels = w[-1]
+        if dense: self._spread()
+
+    def _spread(self):
+        "The last strided convolution with stride 1, those after it with holes"
+        convs = [m for m in self.body.modules() if isinstance(m, nn.Conv2d)]
+        last = max(i for i,m in enumerate(convs) if m.stride == (2, 2))
+        convs[last].stride = (1, 1)
+        for m in convs[last+1:]: m.dilation,m.padding = (2, 2),(2, 2)
 
     def forward(self, x:Tensor)->Tensor: return self.body(self.local(x))
 

@@ -142,7 +142,7 @@ class DualStreamBlock(nn.Module):
             out.append(self.norm2[i](y + self.path(self.ffn[i](y))))
         return tuple(out)
 
-# %% ../../nbs/models/15_lmvnet.ipynb #b646aa3d
+# %% ../../nbs/models/15_lmvnet.ipynb #61bf5e3b
 class LMVNet(BaseRiskModel):
     "Longitudinal multi-view risk"
     def __init__(self,
@@ -155,6 +155,7 @@ class LMVNet(BaseRiskModel):
         dropout:float=.3, # in the attention blocks
         drop_path:float=.2, # in the attention blocks
         weight_dropout:float|None=None, # of the attention weights; `None`: as `dropout`
+        token_pool:int=1, # cells along a side that become one token, by their largest values; 1: each cell is a token
         pretrained:bool|str=False, # see `models.backbones.Backbone`
         freeze_encoder:bool=False, # keep the encoder as it is
         diff_mode:str='signed', # see `LongitudinalFeatureProcessor`
@@ -169,7 +170,7 @@ class LMVNet(BaseRiskModel):
         if freeze_encoder: freeze_module(enc)
         self.processor = LongitudinalFeatureProcessor(enc, diff_mode, prior_mode)
         self.registration = None if registration is None else freeze_module(registration)
-        d, self.years, self.prior_dropout, self.view_dropout = 3*enc.channels, years, prior_dropout, view_dropout
+        d, self.years, self.prior_dropout, self.view_dropout, self.token_pool = 3*enc.channels, years, prior_dropout, view_dropout, check_range(token_pool, 1, 16, 'LMVNet', 'token_pool', whole=True)
         self.blocks = nn.ModuleList(DualStreamBlock(d, heads, dropout, drop_path, weight_dropout=weight_dropout) for _ in range(blocks))
         self.fuse, self.layer = nn.Linear(2*d, d), CumulativeProbabilityLayer(d, years)
 
@@ -205,7 +206,7 @@ def presence(self:LMVNet,
         now = now*~(lose & (which == torch.arange(2, device=x.device)[:, None]))
     return now, past*now[..., None]
 
-# %% ../../nbs/models/15_lmvnet.ipynb #37b1d20f
+# %% ../../nbs/models/15_lmvnet.ipynb #a19805b5
 @patch
 def risks(self:LMVNet,
     batch:dict # inputs, see `data.risk_samples`
@@ -215,7 +216,7 @@ def risks(self:LMVNet,
     tokens, out = [], dict(present=now.T)
     for i, v in enumerate(('cc', 'mlo')):
         f, w = self.processor(batch[f'current_image_{v}'], batch[f'previous_image_{v}'], batch['time_gap'], past[i], self.flow_of(batch, v))
-        tokens.append(f.flatten(2).transpose(1, 2)); out[f'prior_weight_{v}'] = w
+        tokens.append(F.max_pool2d(f, self.token_pool, ceil_mode=True).flatten(2).transpose(1, 2)); out[f'prior_weight_{v}'] = w
     for block in self.blocks: tokens = block(tokens, now)
     p = [t.mean(1)*there[:, None].to(t.dtype) for t, there in zip(tokens, now)]
     risks = dict(risk_multi=self.layer(self.fuse(torch.cat(p, 1))), risk_cc=self.layer(p[0]), risk_mlo=self.layer(p[1]))
