@@ -64,7 +64,7 @@ class RiskCIndex(Metric):
         risk, time, event = (torch.cat(o).double().numpy() for o in (self.risk, self.time, self.event))
         return c_index(time, event, *risk.T, tau=float(risk.shape[1]))
 
-# %% ../../nbs/learners/15_risk.ipynb #cc95e7a7
+# %% ../../nbs/learners/15_risk.ipynb #8f08e8b0
 def encoder_last_rate(model:nn.Module): # two groups of parameters: the encoder (a tenth of the rate with `slice(lr)`), and the rest
     "Discriminative learning rates"
     enc = getattr(model, 'encoder', None) or getattr(getattr(model, 'processor', None), 'encoder', None)
@@ -73,10 +73,12 @@ def encoder_last_rate(model:nn.Module): # two groups of parameters: the encoder 
     return L([params(enc), [p for p in params(model) if id(p) not in ids]])
 
 def _start_at(model, known):
-    "The first year's rate as the bias of the risk"
-    m, t = known['y_mask'][:, 0], known['target'][:, 0]
-    rate = ((t*m).sum()/m.sum()).clamp(1e-3, .999)
-    with torch.no_grad(): model.layer.base.bias.fill_(float((rate/(1-rate)).log()))
+    "Biases that say the risk of the training breasts (Kaplan-Meier by year), with every hazard above 0"
+    m, t = known['y_mask'], known['target']
+    p = 1-(1-(t*m).sum(0)/m.sum(0).clamp(min=1)).cumprod(0)
+    z = p.clamp(1e-3, .999).logit()
+    rise = torch.cat([z.new_full((1,), .1), z.diff()]).clamp(min=.02)
+    with torch.no_grad(): model.layer.base.bias.fill_(float(z[0]-rise[0])); model.layer.hazard.bias.copy_(rise)
 
 def _recipe(recipe, warmup):
     if check_in(recipe, ('paper', None), 'risk_learner', 'recipe') is None: return []
@@ -91,7 +93,7 @@ def risk_learner(
     encoder_rate:float=.1, # rate of the encoder by that of the rest; 1: the same
     head_weights:dict|None=None, # see `RiskLoss`
     folder=None, # of the checkpoint, see `Resumable`; `None`: none
-    start:bool=True, # set the bias of a new model to the rate of the training breasts
+    start:bool=True, # set the biases of a new model to the risk of the training breasts
     lr:float=5e-5, # default learning rate
     wd:float=1e-4, # weight decay
     metrics=None, # of the validation set; `None`: the C-index
