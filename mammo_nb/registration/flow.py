@@ -148,7 +148,7 @@ def flow_error(
     m = (inside.reshape(d.shape) > 0).float()
     return (d*m).sum((1, 2))/m.sum((1, 2)).clamp(min=1)
 
-# %% ../../nbs/registration/01_flow.ipynb #57966125
+# %% ../../nbs/registration/01_flow.ipynb #4c37c583
 def checkerboard(
     a:Tensor, # [H,W]
     b:Tensor, # [H,W]
@@ -175,7 +175,7 @@ def show_registration(
     pictures = (fixed, checkerboard(fixed, moving), checkerboard(fixed, warped), moving-fixed, warped-fixed)
     for i, (ax, p, t) in enumerate(zip(axs, pictures, ('now, and the flow', 'now / prior', 'now / aligned prior', 'prior - now', 'aligned - now'))):
         ax.imshow(p, **(dict(cmap='gray', vmin=0, vmax=1) if i < 3 else dict(cmap='RdBu_r', vmin=-.4, vmax=.4)))
-        ax.set_title(t, fontsize=8); ax.axis('off')
+        ax.set_title(t, fontsize=min(8, 1.25*width)); ax.axis('off')
     if arrows:
         s = max(1, max(fixed.shape)//arrows)
         r, c = (g[s//2::s, s//2::s] for g in pixel_grid(fixed.shape))
