@@ -33,7 +33,7 @@ from .overlay import evidence, show_evidence
 from .page import Section, page_html, write_page
 from .stages import Monitor, Stages, code_hash
 
-# %% ../../nbs/report/05_tour.ipynb #3cd26a40
+# %% ../../nbs/report/05_tour.ipynb #46fbd7fd
 @dataclass(frozen=True)
 class TourConfig:
     "Every choice of the tour"
@@ -48,9 +48,11 @@ class TourConfig:
     batch: int = 16 # breasts
     flip: float = .5 # chance that a training picture is turned upside down
     n_boot: int = 2000 # resamples of patients
+    followed: int = 80 # in-silico patients with two exams, for the section on risk
+    risk_epochs: int = 5 # of the training of that section
 
     def __post_init__(self):
-        for name, low in dict(n_patients=8, epochs=1, batch=2, n_boot=10).items(): check_range(getattr(self, name), low, None, 'TourConfig', name)
+        for name, low in dict(n_patients=8, epochs=1, batch=2, n_boot=10, followed=24, risk_epochs=1).items(): check_range(getattr(self, name), low, None, 'TourConfig', name)
 
 # %% ../../nbs/report/05_tour.ipynb #7a7890eb
 class Tour:
