@@ -1,14 +1,21 @@
 """LMV-Net: its parts by hand, what may not change in training, and a training that is killed."""
 import os, signal, subprocess, sys, textwrap, time
-import pytest, torch
+import pandas as pd, pytest, torch
+import mammo_nb.core.fastai_import
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import load_learner
 from timm.layers import DropPath
 from torch import nn
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.cache import prepare_cohort
 from mammo_nb.data.insilico import insilico_cohort, write_insilico
+from mammo_nb.data.pairs import pair_dls
 from mammo_nb.data.prepare import PrepareConfig
 from mammo_nb.data.risk_samples import risk_dls
-from mammo_nb.learners.risk import lmvnet_learner
+from mammo_nb.learners.registration import registration_learner
+from mammo_nb.learners.risk import lmvnet_learner, predict
 from mammo_nb.models.lmvnet import Attention, LMVNet, LongitudinalFeatureProcessor
 from mammo_nb.models.risk import ContinuousPosEncoding, CumulativeProbabilityLayer
 from mammo_nb.registration.mammoregnet import MammoRegNet
@@ -146,3 +153,43 @@ def test_a_killed_training_ends_with_the_same_weights(prepared, tmp_path):
         assert epochs == [f'epoch {k}' for k in range(2 if name == 'killed' else 0, 4)], out
     a, b = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('killed', 'whole'))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+# fastai's own tools
+
+def quiet(learn):
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    learn.logger = lambda *a, **k: None
+    return learn
+
+def test_the_tools_of_fastai(prepared, tmp_path):
+    "lr_find leaves the weights as they were; accumulation, clipping, the log and saved best epochs work with ours"
+    learn = quiet(learner(prepared)); learn.path = tmp_path
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.lr_find(num_it=6, show_plot=False)
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    learn.fit(2, cbs=[GradientAccumulation(8), GradientClip(.1), CSVLogger(tmp_path.name), SaveModelCallback(monitor='c_index', fname='best')])
+    log = pd.read_csv(tmp_path/tmp_path.name)
+    assert list(log.columns) == ['epoch', 'train_loss', 'valid_loss', 'c_index', 'time'] and len(log) == 2
+    assert learn.validate()[1] == pytest.approx(log.c_index.max(), abs=1e-4)
+
+def test_predictions_in_all_their_forms(prepared, tmp_path):
+    learn = quiet(learner(prepared)); learn.path = tmp_path
+    learn.fit(1)
+    with learn.no_bar():
+        p, y, loss = learn.get_preds(with_loss=True)
+        x, q, _ = learn.get_preds(with_input=True, reorder=False)
+    assert torch.equal(p, q) and p.shape == y.shape == (len(learn.dls.valid_ds), 5) and loss.shape == (len(p),) and x['time_gap'].shape == (len(p), 1)
+    learn.export('learner.pkl')
+    assert (tmp_path/'learner.pkl').stat().st_size < 5e6  # no pictures in it
+    again = load_learner(tmp_path/'learner.pkl')
+    a, b = (predict(o, prepared, split='test') for o in (learn, again))
+    assert a.equals(b) and len(a)
+
+def test_an_exported_registration_is_the_same(prepared, tmp_path):
+    learn = quiet(registration_learner(pair_dls(prepared, bs=8, seed=0, device='cpu'), MammoRegNet(width=2, depth=1), seed=0)); learn.path = tmp_path
+    learn.fit(1)
+    learn.export('reg.pkl')
+    assert (tmp_path/'reg.pkl').stat().st_size < 2e6
+    a, b = torch.rand(2, 1, 1, 64, 48)
+    again = load_learner(tmp_path/'reg.pkl').model.eval()
+    with torch.no_grad(): assert torch.equal(learn.model.eval()(a, b)['flow'], again(a, b)['flow'])

@@ -34,7 +34,7 @@ def exam_pairs(
     pair['time_gap'] = (pair.exam_date-pair.then).dt.days/365.25
     return pair.sort_values([*key, 'exam_date', 'then'], kind='stable').drop(columns=['exam_date', 'then']).reset_index(drop=True)
 
-# %% ../../nbs/data/33_pairs.ipynb #dabf86aa
+# %% ../../nbs/data/33_pairs.ipynb #28a02a6c
 class PairInputs(Sample):
     "Two pictures of the same breast and view: `fixed`, `moving` `[1,H,W]`"
 
@@ -59,6 +59,12 @@ class PairDataset:
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'PairDataset: {len(self)} pairs of {self.rows.patient_id.nunique()} patients, {self.size[0]} x {self.size[1]}'
+    def new_empty(self):
+        "Everything but pictures and rows: what an exported learner keeps"
+        o = type(self).__new__(type(self))
+        o.__dict__.update(self.__dict__, prepared=None, rows=self.rows[:0], kept={})
+        return o
+
     def image(self, image_id): return self.kept[image_id] if image_id in self.kept else torch.from_numpy(np.ascontiguousarray(self.prepared.load(image_id).image))
 
     def __getitem__(self, i:int):

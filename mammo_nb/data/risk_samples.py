@@ -6,11 +6,12 @@
 __all__ = ['FLOW_CELL', 'breast_history', 'RiskInputs', 'RiskTargets', 'RiskDataset', 'prior_flows', 'move_flow', 'RiskAugment',
            'risk_dls']
 
-# %% ../../nbs/data/32_risk_samples.ipynb #020e4667
+# %% ../../nbs/data/32_risk_samples.ipynb #9990508d
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch, store_attr
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from ..core.errors import InputError, check_in, check_range
@@ -44,7 +45,7 @@ def breast_history(
     if need_prior: b = b[b.previous_exam_id_1.notna()]
     return b[~(b.years_to_cancer < exclude_prevalent)].reset_index(drop=True)
 
-# %% ../../nbs/data/32_risk_samples.ipynb #f961fff2
+# %% ../../nbs/data/32_risk_samples.ipynb #281a2a7a
 class RiskInputs(Sample):
     "What a risk model reads: both views of a breast, now and before, and how long ago"
 
@@ -81,14 +82,26 @@ class RiskDataset:
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'RiskDataset: {len(self)} breasts, {int(self.known["event_observed"].sum())} with cancer within {self.years} years, {int((self.past[:, 0] != None).any(1).sum())} with a prior, {self.size[0]} x {self.size[1]}'
 
-    def image(self, image_id):
-        if not isinstance(image_id, str): return torch.zeros(1, *self.size)
-        return self.kept[image_id] if image_id in self.kept else torch.from_numpy(np.ascontiguousarray(self.prepared.load(image_id).image))
-
 def _there(rows, prepared, columns):
     "The image ids that have a prepared picture, `None` elsewhere"
     ids = rows[columns]
     return ids.where(ids.isin(list(prepared.keys)), None).astype(object)
+
+# %% ../../nbs/data/32_risk_samples.ipynb #3bda3485
+@patch
+def new_empty(self:RiskDataset):
+    "Everything but pictures, flows and rows: what an exported learner keeps"
+    o = RiskDataset.__new__(RiskDataset)
+    o.__dict__.update(self.__dict__, prepared=None, rows=self.rows[:0], now=self.now[:0], past=self.past[:0], known={k: v[:0] for k, v in self.known.items()}, kept={}, flows=None)
+    return o
+
+@patch
+def image(self:RiskDataset,
+    image_id:str|None # of the images table; `None`: a missing picture
+)->Tensor: # [1,H,W] float32
+    "A prepared picture"
+    if not isinstance(image_id, str): return torch.zeros(1, *self.size)
+    return self.kept[image_id] if image_id in self.kept else torch.from_numpy(np.ascontiguousarray(self.prepared.load(image_id).image))
 
 # %% ../../nbs/data/32_risk_samples.ipynb #40190ee5
 FLOW_CELL = 4 # pixels of the picture a cell of a kept flow
@@ -112,13 +125,17 @@ def prior_flows(
         out |= zip(pairs[i:i+bs], (F.interpolate(f, size=size, mode='bilinear', align_corners=True)*scale).half())
     return out
 
-# %% ../../nbs/data/32_risk_samples.ipynb #cb860597
+# %% ../../nbs/data/32_risk_samples.ipynb #1f4ec291
 @patch
-def flow(self:RiskDataset, now, past):
-    "Flows of one view [P,2,h,w]; 0 where a picture is missing"
+def flow(self:RiskDataset,
+    now:str|None, # current image id
+    past # prior image ids, P of them
+)->Tensor: # [P,2,h,w] cells; 0 where a picture is missing
+    "Kept flows of one view"
     zero = torch.zeros(2, *(-(-n//FLOW_CELL) for n in self.size))
     return torch.stack([self.flows[now, p].float() if isinstance(now, str) and isinstance(p, str) else zero for p in past])
 
+# %% ../../nbs/data/32_risk_samples.ipynb #c7eba264
 @patch
 def __getitem__(self:RiskDataset, i:int):
     x = {}

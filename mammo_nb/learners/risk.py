@@ -30,7 +30,7 @@ from ..metrics.survival import c_index
 from ..models.lmvnet import LMVNet
 from ..models.risk import BaseRiskModel
 
-# %% ../../nbs/learners/15_risk.ipynb #753a79b6
+# %% ../../nbs/learners/15_risk.ipynb #40e26203
 class RiskObjective:
     "The loss of a risk model: its heads, weighed"
     def __init__(self,
@@ -41,10 +41,9 @@ class RiskObjective:
     def __call__(self,
         outputs:dict, # of the model
         targets:dict, # of the batch
-        **kwargs # fastai asks for `reduction='none'` in `get_preds(with_loss=True)`: not offered
-    )->Tensor: # scalar
-        if kwargs: raise InputError('RiskObjective', 'arguments', ', '.join(kwargs), 'none: the loss is one number a batch, its mask belongs to all')
-        return self.loss(self.model.get_risk_heads(outputs, targets))
+        reduction:str='mean' # `none`: one number a breast, for `get_preds(with_loss=True)`
+    )->Tensor: # scalar, or [B]
+        return self.loss(self.model.get_risk_heads(outputs, targets), reduction)
 
     def activation(self, logits): return logits.sigmoid()
     def decodes(self, probabilities): return probabilities
@@ -125,7 +124,7 @@ def lmvnet_learner(
     model = LMVNet(encoder, registration, stride, dls.train_ds.years, pretrained=pretrained, **(model_args or {}))
     return risk_learner(dls, model, **kwargs)
 
-# %% ../../nbs/learners/15_risk.ipynb #54cdec6b
+# %% ../../nbs/learners/15_risk.ipynb #ef4e3f8f
 def _batches(model, ds, bs, progress):
     "Outputs of a model for a whole data set, by name"
     device, was, out = next(model.parameters()).device, model.training, []
@@ -149,6 +148,7 @@ def _named(out):
     flat = {f'{names[k]}_{y+1}': v[:, y] for k, v in out.items() if k in names for y in range(v.shape[1])}
     return flat | {k: out[k] for k in ('views_used', 'priors_used')}
 
+# %% ../../nbs/learners/15_risk.ipynb #b2d67059
 def predict(
     model:BaseRiskModel|Learner, # a model, or a learner with one
     prepared:PreparedCohort, # pictures, prepared as those that it was trained on

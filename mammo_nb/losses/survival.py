@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['HEAD_WEIGHTS', 'masked_bce', 'RiskLoss']
 
-# %% ../../nbs/losses/01_survival.ipynb #15ff11d8
+# %% ../../nbs/losses/01_survival.ipynb #c3f0bc5d
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from ..core.errors import InputError, check_range
+from ..core.errors import InputError, check_in, check_range
 from ..data.follow_up import survival_target
 
-# %% ../../nbs/losses/01_survival.ipynb #dd2b0c6c
+# %% ../../nbs/losses/01_survival.ipynb #eb9ae3f7
 def masked_bce(
     logits:Tensor, # [B,Y] logits of the cumulative risk
     target:Tensor, # [B,Y] 0 or 1
-    mask:Tensor # [B,Y] 1 where the target is known
+    mask:Tensor, # [B,Y] 1 where the target is known
+    reduction:str='mean' # `mean` of all known years, or `none`: the mean of each breast [B]
 )->Tensor: # scalar; 0 where nothing is known
     "Binary cross-entropy of the years that are known"
     if not logits.shape == target.shape == mask.shape: raise InputError('masked_bce', 'shapes', f'{list(logits.shape)}, {list(target.shape)}, {list(mask.shape)}', 'logits, target and mask of one shape [B,Y]')
     there = mask > 0
     each = F.binary_cross_entropy_with_logits(torch.where(there, logits.float(), 0.), torch.where(there, target.float(), 0.), reduction='none')
+    if check_in(reduction, ('mean', 'none'), 'masked_bce', 'reduction') == 'none': return (each*there).sum(1)/there.sum(1).clamp(min=1)
     return (each*there).sum()/there.sum().clamp(min=1)
 
-# %% ../../nbs/losses/01_survival.ipynb #883fbb65
+# %% ../../nbs/losses/01_survival.ipynb #75a9c9ab
 HEAD_WEIGHTS = dict(multi=1., cc=.2, mlo=.2)
 
 class RiskLoss(nn.Module):
@@ -37,7 +39,8 @@ class RiskLoss(nn.Module):
         for k, w in self.weights.items(): check_range(w, 0, None, 'RiskLoss', f'weight of {k}')
 
     def forward(self,
-        heads:dict # name -> (logits, target, mask), `[B,Y]` each
-    )->Tensor: # scalar
+        heads:dict, # name -> (logits, target, mask), `[B,Y]` each
+        reduction:str='mean' # see `masked_bce`
+    )->Tensor: # scalar, or [B]
         if not heads: raise InputError('RiskLoss', 'heads', 'none', 'at least one')
-        return sum(self.weights.get(k, 1.)*masked_bce(*h) for k, h in heads.items())
+        return sum(self.weights.get(k, 1.)*masked_bce(*h, reduction) for k, h in heads.items())
