@@ -30,20 +30,20 @@ from ..metrics.survival import c_index
 from ..models.lmvnet import LMVNet
 from ..models.risk import BaseRiskModel
 
-# %% ../../nbs/learners/15_risk.ipynb #40e26203
+# %% ../../nbs/learners/15_risk.ipynb #a2835956
 class RiskObjective:
     "The loss of a risk model: its heads, weighed"
     def __init__(self,
         model:BaseRiskModel, # says what is trained
-        loss:nn.Module|None=None # of the heads; `None`: `RiskLoss()`
-    ): self.model, self.loss = model, loss or RiskLoss()
+        loss:nn.Module|None=None, # of the heads; `None`: `RiskLoss()`
+        reduction:str='mean' # `none`: one number a breast, as fastai asks for in `get_preds(with_loss=True)`
+    ): self.model, self.loss, self.reduction = model, loss or RiskLoss(), reduction
 
     def __call__(self,
         outputs:dict, # of the model
-        targets:dict, # of the batch
-        reduction:str='mean' # `none`: one number a breast, for `get_preds(with_loss=True)`
+        targets:dict # of the batch
     )->Tensor: # scalar, or [B]
-        return self.loss(self.model.get_risk_heads(outputs, targets), reduction)
+        return self.loss(self.model.get_risk_heads(outputs, targets), self.reduction)
 
     def activation(self, logits): return logits.sigmoid()
     def decodes(self, probabilities): return probabilities
