@@ -4,7 +4,7 @@ A benchmark is a script `benchmarks/<name>.py` with `--seed N`; it prints what i
 rows to `benchmarks/results/<name>.csv`, each as soon as it is known. Asked again, it leaves out the rows that are there
 already for the same seed, configuration and commit.
 """
-import csv, datetime, json, os, platform, resource, subprocess, sys, time
+import csv, datetime, hashlib, json, os, platform, resource, subprocess, sys, time
 from pathlib import Path
 
 COLUMNS = ('bench', 'variant', 'metric', 'value', 'ci_low', 'ci_high', 'n', 'data_seed', 'train_seeds', 'config', 'seconds', 'peak_gib', 'machine', 'commit', 'date')
@@ -30,6 +30,10 @@ def commit():
     if head.returncode: return 'unknown'
     changed = [l for l in git('status', '--porcelain', '--untracked-files=no').stdout.splitlines() if 'benchmarks/results/' not in l]
     return head.stdout.strip() + ('+' if changed else '')
+
+def tag(*recipe):
+    "8 hex digits for settings: part of the name of what was made with them, so that it is never taken for something else"
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 def peak_gib():
     "Largest resident memory so far of this process, or of a child that has ended, GiB"

@@ -16,8 +16,8 @@ from pathlib import Path
 import pandas as pd, torch
 from joblib import Parallel, delayed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._common import Bench, cores
-from benchmarks.registration import LOSS, NET, SIZE, in_silico, trained as trained_registration
+from benchmarks._common import Bench, cores, tag
+from benchmarks.registration import LOSS, NET, REFINE, SIZE, in_silico, trained as trained_registration
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.insilico import Settings, settings_name
 from mammo_nb.data.known_truth import oracle_risk
@@ -28,19 +28,20 @@ from mammo_nb.metrics.predictions import predictions_table
 from mammo_nb.metrics.survival import auc_by_year, brier_by_year, c_index, risk_table
 from mammo_nb.models.lmvnet import LMVNet, UnalignedRisk
 from mammo_nb.models.risk import CurrentExamRisk, DensityRisk
+from mammo_nb.registration.mammoregnet import Refined
 from mammo_nb.report.stages import code_hash
 
 YEARS = range(1, 6)
-LMV = dict(width=16, dense=True, token_pool=2, dropout=0., weight_dropout=0., drop_path=.1, prior_dropout=.2)
+LMV = dict(width=16, stride=4, token_pool=2, dropout=0., weight_dropout=0., drop_path=.1, prior_dropout=.2)
 RATE = dict(current_exam=3e-3, density=1e-2, lmvnet=1e-3, unaligned=1e-3)
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seed', type=int, default=0, help='of the patients')
     p.add_argument('--patients', type=int, default=1200)
-    p.add_argument('--epochs', type=int, default=3, help='of lmvnet and unaligned')
-    p.add_argument('--first-epochs', type=int, default=8, help='of current_exam')
-    p.add_argument('--registration-epochs', type=int, default=3)
+    p.add_argument('--epochs', type=int, default=5, help='of lmvnet and unaligned')
+    p.add_argument('--first-epochs', type=int, default=10, help='of current_exam')
+    p.add_argument('--registration-epochs', type=int, default=2)
     p.add_argument('--train-seeds', type=int, nargs='+', default=[0, 1, 2])
     return p.parse_args()
 
@@ -53,8 +54,8 @@ def model_of(kind, seed, encoder=None):
     "A new model; `encoder`: weights to begin with"
     seed_everything(seed)
     if kind == 'density': return DensityRisk()
-    if kind == 'current_exam': return CurrentExamRisk('small', 8, dropout=.1, width=LMV['width'])
-    net = (UnalignedRisk if kind == 'unaligned' else partial(LMVNet, registration=None))('small', stride=8, **LMV)
+    if kind == 'current_exam': return CurrentExamRisk('small', LMV['stride'], dropout=.1, width=LMV['width'])
+    net = (UnalignedRisk if kind == 'unaligned' else partial(LMVNet, registration=None))('small', **LMV)
     net.processor.encoder.load_state_dict(encoder)
     return net
 
@@ -96,13 +97,13 @@ def estimate(tables, metric, other=None):
 
 def main():
     a = arguments()
-    config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=[a.first_epochs, a.epochs, a.registration_epochs], rates=RATE, net=NET, loss=LOSS, **LMV)
+    config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=[a.first_epochs, a.epochs, a.registration_epochs], rates=RATE, net=NET, loss=LOSS, refine=REFINE, **LMV)
     bench = Bench('lmvnet', a.seed, config, f'about {round(a.patients/1200*(12+4*a.registration_epochs+len(a.train_seeds)*(.6*a.first_epochs/2+3*a.epochs)))} minutes on 2 cores, most of it to train {3*len(a.train_seeds)} models', train_seeds=a.train_seeds)
     if bench.done('lmvnet_no_prior - current_exam', 'c_index'): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
     code = code_hash('mammo_nb.learners.risk', 'mammo_nb.learners.registration', 'mammo_nb.data.cache')[:12]
-    folder = base/f'risk_{a.first_epochs}_{a.epochs}_{a.registration_epochs}_{code}'; folder.mkdir(parents=True, exist_ok=True)
-    net = trained_registration(prepared, base, a.registration_epochs)
+    folder = base/f'risk_{tag(LMV, RATE, NET, LOSS, REFINE, a.first_epochs, a.epochs, a.registration_epochs)}_{code}'; folder.mkdir(parents=True, exist_ok=True)
+    net = Refined(trained_registration(prepared, base, a.registration_epochs), **REFINE)
     rows = breast_history(prepared.cohort, current='last')
     flows = folder/'flows.pt'
     if not flows.exists(): torch.save(prior_flows(RiskDataset(prepared, rows, in_memory=False), net), flows.with_suffix('.part')); flows.with_suffix('.part').replace(flows)
