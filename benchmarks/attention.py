@@ -1,9 +1,9 @@
 """Attention that is never written down, at the full size of the source: `make bench NAME=attention`.
 
 One dual-stream block of LMV-Net with 3328 tokens of 1536 channels for each view (2048 x 1664 pixels at stride 32), one breast,
-forward and backward: ours, and the same block with the same weights whose attention matrices are written to memory. Each runs
-in a process of its own, in turn; memory is the growth of the process over its size before the step. Then one forward pass of
-the whole model, registration included, on pictures of that size. The seed is of the numbers that go in.
+a forward pass as for a prediction, and a step of forward and backward: ours, and the same block with the same weights whose attention
+matrices are written to memory. Each runs in a process of its own, in turn; memory is the growth of the process over its size before.
+Before them one forward pass of the whole model, registration included, on pictures of that size. The seed is of the numbers that go in.
 """
 import argparse, json, resource, statistics, subprocess, sys, threading, time
 from pathlib import Path
@@ -35,21 +35,26 @@ class Peak:
     def __exit__(self, *exc): self.on = False; self.thread.join(); self.gib = (max(self.most, self.me.memory_info().rss)-self.base)/2**30
 
 def block_step(kind, seed):
-    "Memory of one step (the first: nothing is kept from an earlier one), then seconds of the next ones"
+    "Memory and seconds of a step, and of a forward pass as for a prediction"
     torch.manual_seed(seed)
     block = DualStreamBlock(DIM, HEADS, dropout=0., drop_path=0.)
     if kind == 'materialised':
         for name in ('self_mha', 'cross_mha'):
             m = Materialised(DIM, HEADS, 0.); m.load_state_dict(getattr(block, name).state_dict()); setattr(block, name, m)
     views, there = tuple(torch.randn(1, TOKENS, DIM, requires_grad=True) for _ in range(2)), (torch.ones(1),)*2
+    for p in (*block.parameters(), *views): p.grad = torch.zeros_like(p)  # there in every step but the first
     def step():
         a, b = block(views, there)
         (a.square().mean()+b.square().mean()).backward()
         return a.detach()
-    with Peak() as p: out = step()
-    seconds = []
-    for _ in range(3): start = time.perf_counter(); step(); seconds.append(time.perf_counter()-start)
-    return dict(gib=p.gib, seconds=min(seconds), check=[float(v) for v in out[0, 0, :8]])
+    def forward():
+        with torch.no_grad(): return block(views, there)[0]
+    found = {}
+    for name, f in (('forward', forward), ('step', step)):
+        with Peak() as p: out = f()  # the first time: nothing is kept from an earlier one
+        start = time.perf_counter(); f()
+        found |= {f'{name}_gib': p.gib, f'{name}_seconds': time.perf_counter()-start}
+    return found | dict(check=[float(v) for v in out[0, 0, :8]])
 
 def whole(seed):
     "Memory of a forward pass of the whole model, and the peak of the process"
@@ -70,15 +75,17 @@ def main():
     p.add_argument('--seed', type=int, default=0, help='of the numbers that go in'); p.add_argument('--rounds', type=int, default=3); p.add_argument('--child', choices=('sdpa', 'materialised', 'whole'))
     a = p.parse_args()
     if a.child: return print(json.dumps(whole(a.seed) if a.child == 'whole' else block_step(a.child, a.seed)))
-    bench = Bench('attention', a.seed, dict(tokens=TOKENS, dim=DIM, heads=HEADS, picture=PICTURE, rounds=a.rounds, threads=cores()), 'about 4 minutes')
-    if bench.done('lmvnet', 'process_gib'): return print('  all rows are there already, for this commit and these settings')
+    bench = Bench('attention', a.seed, dict(tokens=TOKENS, dim=DIM, heads=HEADS, picture=PICTURE, rounds=a.rounds, threads=cores()), 'about 8 minutes')
+    if not bench.done('lmvnet', 'process_gib'):
+        full = child('--child', 'whole', '--seed', a.seed)
+        for metric, k in (('forward_gib', 'gib'), ('forward_seconds', 'seconds'), ('process_gib', 'process_gib')): bench.add('lmvnet', metric, full[k], n=1)
+    if bench.done('sdpa / materialised', 'time_ratio'): return print('  all rows are there already, for this commit and these settings')
     runs = [{k: child('--child', k, '--seed', a.seed) for k in ('sdpa', 'materialised')} for _ in range(a.rounds)]
     for r in runs: assert all(abs(x-y) < 1e-3 for x, y in zip(r['sdpa']['check'], r['materialised']['check'])), 'the two blocks disagree'
-    for metric, k in (('peak_memory_ratio', 'gib'), ('time_ratio', 'seconds')):
+    for k in ('sdpa', 'materialised'):
+        for m in ('forward_gib', 'forward_seconds', 'step_gib', 'step_seconds'): bench.add(k, m, statistics.median(r[k][m] for r in runs), n=len(runs))
+    for metric, k in (('forward_memory_ratio', 'forward_gib'), ('forward_time_ratio', 'forward_seconds'), ('peak_memory_ratio', 'step_gib'), ('time_ratio', 'step_seconds')):
         each = [r['sdpa'][k]/r['materialised'][k] for r in runs]
         bench.add('sdpa / materialised', metric, statistics.median(each), min(each), max(each), n=len(each))
-    for k in ('sdpa', 'materialised'): bench.add(k, 'gib', statistics.median(r[k]['gib'] for r in runs), n=len(runs))
-    full = child('--child', 'whole', '--seed', a.seed)
-    bench.add('lmvnet', 'forward_gib', full['gib'], n=1); bench.add('lmvnet', 'process_gib', full['process_gib'], n=1)
 
 if __name__ == '__main__': main()

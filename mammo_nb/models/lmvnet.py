@@ -222,16 +222,6 @@ def risks(self:LMVNet,
     risks = dict(risk_multi=self.layer(self.fuse(torch.cat(p, 1))), risk_cc=self.layer(p[0]), risk_mlo=self.layer(p[1]))
     return risks | out
 
-@patch
-def get_risk_heads(self:LMVNet,
-    outputs:dict, # of `forward`
-    batch:dict # targets: `target`, `y_mask` [B,Y]
-)->dict: # `multi`, `cc`, `mlo` -> (logits, target, mask) [B,Y]; the mask is 0 for a view that is missing
-    "What is trained"
-    heads = BaseRiskModel.get_risk_heads(self, outputs, batch)
-    for k, v in enumerate(('cc', 'mlo')): heads[v] = (*heads[v][:2], heads[v][2]*outputs['present'][:, k:k+1])
-    return heads
-
 # %% ../../nbs/models/15_lmvnet.ipynb #96847663
 class UnalignedRisk(LMVNet):
     "LMV-Net that takes the prior as it lies; arguments of `LMVNet`, without `registration`"

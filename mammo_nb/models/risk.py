@@ -71,11 +71,13 @@ class BaseRiskModel(nn.Module, ABC):
         "Read a batch"
 
     def get_risk_heads(self,
-        outputs:dict, # of `forward`
+        outputs:dict, # of `forward`; with `present` [B,2] the head of a view that is missing is masked
         batch:dict # targets: `target`, `y_mask` [B,Y]
     )->dict: # name of the head -> (logits, target, mask), [B,Y] each
         "What is trained"
-        return {k.removeprefix('risk_'): (v, batch['target'], batch['y_mask']) for k, v in outputs.items() if k.startswith('risk_')}
+        masks = {} if 'present' not in outputs else {v: batch['y_mask']*outputs['present'][:, k:k+1] for k, v in enumerate(('cc', 'mlo'))}
+        heads = {k.removeprefix('risk_'): v for k, v in outputs.items() if k.startswith('risk_')}
+        return {k: (v, batch['target'], masks.get(k, batch['y_mask'])) for k, v in heads.items()}
 
     def get_primary_risk_head(self,
         outputs:dict # of `forward`
@@ -118,10 +120,3 @@ class CurrentExamRisk(BaseRiskModel):
         there = torch.stack([batch.get(f'present_current_{v}', x.new_ones(len(x)//2)) for v in views])
         p = self.drop(self.encoder(x).mean((2, 3))).view(2, len(x)//2, -1)*there[..., None]
         return dict(risk_multi=self.layer(self.fuse(torch.cat([p[0], p[1]], 1))), risk_cc=self.layer(p[0]), risk_mlo=self.layer(p[1]), present=there.T)
-
-    def get_risk_heads(self, outputs, batch):
-        heads = super().get_risk_heads(outputs, batch)
-        for k, v in enumerate(('cc', 'mlo')):
-            logits, target, mask = heads[v]
-            heads[v] = (logits, target, mask*outputs['present'][:, k:k+1])
-        return heads

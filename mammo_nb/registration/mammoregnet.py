@@ -236,10 +236,10 @@ class Refined(nn.Module):
 class SitkRegistration(nn.Module):
     "Iterative registration of each pair with SimpleITK"
     def __init__(self,
-        method:str='bspline', # after the affine map: `bspline`, `demons`, or `affine` for the affine map alone
+        method:str='demons', # after the affine map: `bspline`, `demons`, or `affine` for the affine map alone
         grid:int=6, # control points along the shorter side (B-spline)
         steps:int=60, # iterations at each of three scales
-        smooth:float=2. # of the demons' field, pixels
+        smooth:float=4. # of the demons' field, pixels
     ):
         super().__init__()
         self.method, self.grid, self.steps, self.smooth = check_in(method, ('bspline', 'demons', 'affine'), 'SitkRegistration', 'method'), grid, steps, smooth
