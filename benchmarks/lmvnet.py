@@ -33,6 +33,7 @@ from mammo_nb.report.stages import code_hash
 
 YEARS = range(1, 6)
 LMV = dict(width=16, stride=4, token_pool=2, dropout=0., weight_dropout=0., drop_path=.1, prior_dropout=.2)
+SAMPLES = dict(bs=16, augment=dict(flip=.5), wd=.01, encoder_rate=.3, dropout=.1)
 RATE = dict(current_exam=3e-3, density=1e-2, lmvnet=1e-3, unaligned=1e-3)
 
 def arguments():
@@ -46,7 +47,7 @@ def arguments():
     return p.parse_args()
 
 def loaders(prepared, rows, flows, seed):
-    dls = risk_dls(prepared, bs=16, rows=rows, augment=RiskAugment(flip=.5), seed=seed, device='cpu', in_memory=True)
+    dls = risk_dls(prepared, bs=SAMPLES['bs'], rows=rows, augment=RiskAugment(**SAMPLES['augment']), seed=seed, device='cpu', in_memory=True)
     for ds in (dls.train_ds, dls.valid_ds): ds.flows = flows
     return dls
 
@@ -54,7 +55,7 @@ def model_of(kind, seed, encoder=None):
     "A new model; `encoder`: weights to begin with"
     seed_everything(seed)
     if kind == 'density': return DensityRisk()
-    if kind == 'current_exam': return CurrentExamRisk('small', LMV['stride'], dropout=.1, width=LMV['width'])
+    if kind == 'current_exam': return CurrentExamRisk('small', LMV['stride'], dropout=SAMPLES['dropout'], width=LMV['width'])
     net = (UnalignedRisk if kind == 'unaligned' else partial(LMVNet, registration=None))('small', **LMV)
     net.processor.encoder.load_state_dict(encoder)
     return net
@@ -69,7 +70,7 @@ def train(kind, seed, prepared, rows, flows, epochs, folder):
     start = time.time()
     encoder = None if not begins else {k.removeprefix('encoder.'): v for k, v in torch.load(first, weights_only=True).items() if k.startswith('encoder.')}
     dls = loaders(prepared, rows, flows if kind == 'lmvnet' else None, seed)
-    learn = risk_learner(dls, model_of(kind, seed, encoder), recipe=None, encoder_rate=.3 if encoder else 1, lr=RATE[kind], wd=.01, folder=folder/f'{kind}_{seed}')
+    learn = risk_learner(dls, model_of(kind, seed, encoder), recipe=None, encoder_rate=SAMPLES['encoder_rate'] if encoder else 1, lr=RATE[kind], wd=SAMPLES['wd'], folder=folder/f'{kind}_{seed}')
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
     test = rows[rows.split == 'test']
     said = {kind: ask(learn.model, prepared, test, flows if kind == 'lmvnet' else None, kind)}
@@ -99,12 +100,12 @@ def estimate(tables, metric, other=None):
 
 def main():
     a = arguments()
-    config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=[a.first_epochs, a.epochs, a.registration_epochs], rates=RATE, net=NET, loss=LOSS, refine=REFINE, **LMV)
+    config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=[a.first_epochs, a.epochs, a.registration_epochs], rates=RATE, net=NET, loss=LOSS, refine=REFINE, samples=SAMPLES, **LMV)
     bench = Bench('lmvnet', a.seed, config, f'about {round(a.patients/1200*(15+4*a.registration_epochs+len(a.train_seeds)*(.7*a.first_epochs/2+2*a.epochs)))} minutes on 2 cores, most of it to train {3*len(a.train_seeds)} models', train_seeds=a.train_seeds)
     if bench.done('lmvnet_no_prior - current_exam', 'c_index'): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
     code = code_hash('mammo_nb.learners.risk', 'mammo_nb.learners.registration', 'mammo_nb.data.cache')[:12]
-    folder = base/f'risk_{tag(LMV, RATE, NET, LOSS, REFINE, a.first_epochs, a.epochs, a.registration_epochs)}_{code}'; folder.mkdir(parents=True, exist_ok=True)
+    folder = base/f'risk_{tag(SIZE, SAMPLES, LMV, RATE, NET, LOSS, REFINE, a.first_epochs, a.epochs, a.registration_epochs)}_{code}'; folder.mkdir(parents=True, exist_ok=True)
     net = Refined(trained_registration(prepared, base, a.registration_epochs), **REFINE)
     rows = breast_history(prepared.cohort, current='last')
     flows = folder/'flows.pt'

@@ -47,7 +47,7 @@ def in_silico(patients, seed):
 
 def trained(prepared, base, epochs, seed=0):
     "The registration network of a cohort; trained once, for this benchmark and that of LMV-Net"
-    folder = base/f'registration_{tag(NET, LOSS, epochs, seed)}_{code_hash("mammo_nb.learners.registration", "mammo_nb.registration.mammoregnet")[:12]}'
+    folder = base/f'registration_{tag(SIZE, NET, LOSS, epochs, seed)}_{code_hash("mammo_nb.learners.registration", "mammo_nb.registration.mammoregnet")[:12]}'
     path = folder/'mammoregnet.pt'
     net = MammoRegNet(**NET)
     if path.exists(): net.load_state_dict(torch.load(path, weights_only=True)); return net.eval()
@@ -68,7 +68,7 @@ def main():
     a = arguments()
     config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=a.epochs, pairs=a.pairs, net=NET, loss=LOSS, refine=REFINE)
     bench = Bench('registration', a.seed, config, f'about {round(3+a.patients/1200*(9+3*a.epochs))} minutes on 2 cores, most of it to draw the patients and to train', train_seeds=(0,))
-    if bench.done('mammoregnet - simpleitk', 'tre_mm'): return print('  all rows are there already, for this commit and these settings')
+    if bench.done('mammoregnet_refined - simpleitk', 'tre_mm'): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
     net = trained(prepared, base, a.epochs)
     ds = unseen(prepared, a.pairs)

@@ -13,11 +13,12 @@ from mammo_nb.data.cache import prepare_cohort
 from mammo_nb.data.insilico import insilico_cohort, write_insilico
 from mammo_nb.data.pairs import pair_dls
 from mammo_nb.data.prepare import PrepareConfig
-from mammo_nb.data.risk_samples import risk_dls
+from mammo_nb.core.errors import InputError
+from mammo_nb.data.risk_samples import RiskDataset, breast_history, risk_dls
 from mammo_nb.learners.registration import registration_learner
-from mammo_nb.learners.risk import lmvnet_learner, predict
-from mammo_nb.models.lmvnet import Attention, LMVNet, LongitudinalFeatureProcessor
-from mammo_nb.models.risk import ContinuousPosEncoding, CumulativeProbabilityLayer
+from mammo_nb.learners.risk import lmvnet_learner, predict, risk_learner
+from mammo_nb.models.lmvnet import Attention, LMVNet, LongitudinalFeatureProcessor, UnalignedRisk
+from mammo_nb.models.risk import BaseRiskModel, ContinuousPosEncoding, CurrentExamRisk, CumulativeProbabilityLayer
 from mammo_nb.registration.mammoregnet import MammoRegNet
 
 def batch(b=2, size=(64, 48), seed=0):
@@ -184,6 +185,37 @@ def test_predictions_in_all_their_forms(prepared, tmp_path):
     again = load_learner(tmp_path/'learner.pkl')
     a, b = (predict(o, prepared, split='test') for o in (learn, again))
     assert a.equals(b) and len(a)
+
+def still(fixed, moving): return fixed.new_zeros(len(fixed), 2, *fixed.shape[2:])
+
+def test_a_model_of_aligned_priors_is_not_asked_with_others(prepared):
+    dls = risk_dls(prepared, bs=4, seed=0, device='cpu', registration=still)
+    learn = lmvnet_learner(dls, None, 'small', 8, model_args=dict(width=4, heads=2), seed=0)
+    with pytest.raises(InputError, match='registration'): predict(learn, prepared, split='test')
+    assert len(predict(learn, prepared, split='test', registration=still))
+    with pytest.raises(InputError, match='other splits'): predict(learn, prepared, split='test', samples=dls.valid_ds)
+    plain = risk_learner(dls, UnalignedRisk('small', 8, width=4, heads=2))
+    assert len(predict(plain, prepared, split='test'))  # it never took the flows
+
+def test_a_missing_view_has_no_curve_of_its_own(prepared):
+    rows = breast_history(prepared.cohort, current='last')
+    rows['image_id_mlo'] = rows.image_id_mlo.where(rows.index % 2 == 0)
+    t = predict(CurrentExamRisk('small', 8, width=4), prepared, rows=rows)
+    count = t.groupby('output').size()
+    assert count['risk_mlo_year_1'] == (rows.index % 2 == 0).sum() < count['risk_cc_year_1'] == count['risk_year_1'] == len(rows)
+
+def test_a_model_needs_nothing_but_the_contract(prepared):
+    class Own(BaseRiskModel):
+        def __init__(self): super().__init__(); self.net = nn.Linear(1, 5)
+        def forward(self, batch): return dict(risk_multi=self.net(batch['current_image_cc'].mean((1, 2, 3))[:, None]))
+        def get_primary_risk_head(self, outputs): return outputs['risk_multi'].sigmoid().cummax(1).values
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Own(), recipe=None))
+    learn.fit(1)
+    assert len(predict(learn, prepared, split='test'))
+
+def test_how_many_have_a_prior_is_counted(prepared):
+    rows = breast_history(prepared.cohort, current='all')
+    assert f' {int((rows.previous_image_id_cc_1.notna() | rows.previous_image_id_mlo_1.notna()).sum())} with a prior' in repr(RiskDataset(prepared, rows)) and rows.previous_image_id_cc_1.isna().any()
 
 def test_an_exported_registration_is_the_same(prepared, tmp_path):
     learn = quiet(registration_learner(pair_dls(prepared, bs=8, seed=0, device='cpu'), MammoRegNet(width=2, depth=1), seed=0)); learn.path = tmp_path

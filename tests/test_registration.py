@@ -14,6 +14,12 @@ def constant(dy, dx, size=(H, W)): return torch.tensor([dy, dx], dtype=torch.flo
 
 def test_no_flow_changes_nothing(): assert torch.allclose(warp(picture(), constant(0, 0)), picture(), atol=1e-4)  # coordinates are rounded to 1e-5 pixels
 
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16))
+def test_half_precision_does_not_move_pixels(dtype):
+    x = torch.rand(1, 1, 8, 1664, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = warp(x, torch.zeros(1, 2, 8, 1664, dtype=dtype))
+    assert out.dtype == dtype and (out.float()-x.float()).abs().max() < 1e-2
+
 def test_channel_0_moves_rows_and_channel_1_columns():
     x = picture()
     assert torch.allclose(warp(x, constant(1, 0))[..., :-1, :], x[..., 1:, :], atol=1e-5)

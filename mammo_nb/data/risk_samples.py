@@ -80,10 +80,10 @@ class RiskDataset:
         self.flows = None if registration is None else prior_flows(self, registration, progress=progress)
 
     def __len__(self): return len(self.rows)
-    def __repr__(self): return f'RiskDataset: {len(self)} breasts, {int(self.known["event_observed"].sum())} with cancer within {self.years} years, {int((self.past[:, 0] != None).any(1).sum())} with a prior, {self.size[0]} x {self.size[1]}'
+    def __repr__(self): return f'RiskDataset: {len(self)} breasts, {int(self.known["event_observed"].sum())} with cancer within {self.years} years, {sum(any(isinstance(i, str) for i in p.ravel()) for p in self.past)} with a prior, {self.size[0]} x {self.size[1]}'
 
 def _there(rows, prepared, columns):
-    "The image ids that have a prepared picture, `None` elsewhere"
+    "The image ids that have a prepared picture; no text elsewhere"
     ids = rows[columns]
     return ids.where(ids.isin(list(prepared.keys)), None).astype(object)
 

@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Adam
 from fastcore.meta import delegates
-from torch import nn
+from torch import nn, Tensor
 from ..core.errors import InputError
 from ..core.seeding import seed_everything
 from ..data.pairs import PairDataset
@@ -54,15 +54,24 @@ class PairMetric(Metric):
     def accumulate(self, learn): self.each += self.f(learn.pair_batch.out, learn.pair_batch.targets).detach().cpu().tolist()
 
 # %% ../../nbs/learners/10_registration.ipynb #72b73117
-def tre_mm(out, y): # [B] mm
+def tre_mm(
+    out:dict, # of the network: `flow` [B,2,H,W], `warped` [B,1,H,W]
+    y:dict # of the batch: `flow` [B,2,H,W], `inside`, `fixed` [B,1,H,W], `spacing_mm` [B]
+)->Tensor: # [B] mm
     "Mean target registration error inside the breast"
     return flow_error(out['flow'], y['flow'], 1., y['inside'])*y['spacing_mm']
 
-def folded(out, y): # [B] 0 to 100
+def folded(
+    out:dict, # of the network: `flow` [B,2,H,W], `warped` [B,1,H,W]
+    y:dict # of the batch: `flow` [B,2,H,W], `inside`, `fixed` [B,1,H,W], `spacing_mm` [B]
+)->Tensor: # [B] 0 to 100
     "Percent of the cells inside the breast that are folded"
     return folding_percent(out['flow'], y['inside'])
 
-def matched(out, y): # [B] -1 to 1
+def matched(
+    out:dict, # of the network: `flow` [B,2,H,W], `warped` [B,1,H,W]
+    y:dict # of the batch: `flow` [B,2,H,W], `inside`, `fixed` [B,1,H,W], `spacing_mm` [B]
+)->Tensor: # [B] -1 to 1
     "Correlation of the fixed picture and the warped prior"
     return ncc(y['fixed'], out['warped'])
 
@@ -108,9 +117,12 @@ def evaluate_registration(
     return pd.concat([ds.rows.drop(columns='split', errors='ignore'), pd.DataFrame(rows)], axis=1)
 
 def _one_pair(registration, fixed, moving, y):
-    start = time.perf_counter()
-    with torch.no_grad(): out = fixed.new_zeros(1, 2, *fixed.shape[2:]) if registration is None else registration(fixed, moving)
-    seconds, flow = time.perf_counter()-start, out['flow'] if isinstance(out, dict) else out
+    device = next((p.device for p in getattr(registration, 'parameters', lambda: iter(()))()), fixed.device)
+    a, b, wait = fixed.to(device), moving.to(device), torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
+    wait(); start = time.perf_counter()
+    with torch.no_grad(): out = a.new_zeros(1, 2, *a.shape[2:]) if registration is None else registration(a, b)
+    wait(); seconds = time.perf_counter()-start
+    flow = (out['flow'] if isinstance(out, dict) else out).float().cpu()
     det = jacobian_determinant(flow)[0][y['inside'][0, 1:, 1:] > 0]
     found = dict(tre_mm=float(tre_mm(dict(flow=flow), y))) if 'flow' in y else {}
     return found | dict(folding_percent=float(folded(dict(flow=flow), y)), sd_log_jacobian=float(det.clamp(min=1e-3).log().std()),

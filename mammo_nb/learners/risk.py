@@ -28,7 +28,7 @@ from ..losses.survival import RiskLoss
 from ..metrics.predictions import predictions_table
 from ..metrics.survival import c_index
 from ..models.lmvnet import LMVNet
-from ..models.risk import BaseRiskModel
+from ..models.risk import BaseRiskModel, CumulativeProbabilityLayer
 
 # %% ../../nbs/learners/15_risk.ipynb #a2835956
 class RiskObjective:
@@ -54,7 +54,7 @@ class RiskCIndex(Metric):
     def reset(self): self.risk, self.time, self.event = [], [], []
     def accumulate(self, learn):
         y = learn.named_output.named_targ
-        self.risk.append(learn.pred.detach().float().cpu()); self.time.append(y['event_times'].cpu()+1); self.event.append(y['event_observed'].cpu())
+        self.risk.append(learn.model.get_primary_risk_head(learn.named_output.named).detach().cpu()); self.time.append(y['event_times'].cpu()+1); self.event.append(y['event_observed'].cpu())
 
     @property
     def name(self): return 'c_index'
@@ -101,7 +101,8 @@ def risk_learner(
 )->Learner: # ready for `fit` or `fit_one_cycle`; the best weights by validation C-index are kept
     "A fastai learner for a risk model"
     if model.years != dls.train_ds.years: raise InputError('risk_learner', 'model.years', model.years, f'{dls.train_ds.years}, as in the loaders')
-    if start: _start_at(model, dls.train_ds.known)
+    if start and isinstance(getattr(model, 'layer', None), CumulativeProbabilityLayer): _start_at(model, dls.train_ds.known)
+    if isinstance(model, LMVNet): model.needs_flows = model.asks_flows and dls.train_ds.flows is not None
     own = [NamedOutput('risk_multi', 'target'), KeepBest('c_index'), *_recipe(recipe, warmup), *([] if folder is None else [Resumable(folder)])]
     splitter = encoder_last_rate if encoder_rate != 1 else (lambda m: L([params(m)]))
     rate = slice(lr*encoder_rate, lr) if encoder_rate != 1 and len(splitter(model)) > 1 else lr
@@ -135,6 +136,8 @@ def _batches(model, ds, bs, progress):
             x = {k: torch.stack([o[k] for o in xs]).to(device) for k in xs[0]}
             with torch.no_grad(): pred = model(x)
             d = {k: v.float().sigmoid().cpu() for k, v in pred.items() if k.startswith('risk_')} | dict(risk_multi=model.get_primary_risk_head(pred).cpu())
+            for v in ('cc', 'mlo'):  # a view that is missing has no answer
+                if f'risk_{v}' in d: d[f'risk_{v}'] = d[f'risk_{v}'].masked_fill(x[f'present_current_{v}'].cpu()[:, None] <= 0, float('nan'))
             there = [pred[f'prior_weight_{v}'] > 0 for v in ('cc', 'mlo') if f'prior_weight_{v}' in pred]
             d['priors_used'] = (there[0] | there[1]).sum(1).cpu() if there else torch.zeros(len(xs))
             d['views_used'] = sum(x[f'present_current_{v}'] for v in ('cc', 'mlo')).cpu()
@@ -168,6 +171,9 @@ def predict(
         rows = breast_history(check_prepared(prepared, 'predict').cohort, priors, current='last') if rows is None else rows
         if split is not None: rows = rows[rows.split == check_in(split, ('train', 'valid', 'test'), 'predict', 'split')]
         ds = RiskDataset(prepared, rows, model.years, priors, in_memory=False, registration=registration, progress=progress)
+    if samples is not None and split is not None and (ds.rows.split != split).any(): raise InputError('predict', 'samples', 'breasts of other splits', f'only {split}')
+    if getattr(model, 'needs_flows', False) and ds.flows is None and any(isinstance(i, str) for i in ds.past.ravel()):
+        raise InputError('predict', 'registration', 'none', 'the registration of the loaders: this model was trained on priors that it had aligned')
     if not len(ds): raise InputError('predict', f'split {split}' if split else 'rows', f'no breast with a prepared picture ({len(rows)} rows)', 'at least one')
     out, version = _batches(model, ds, bs, progress), model_version(model)
     return pd.concat([predictions_table(ds.rows, v, system, k, version) for k, v in _named(out).items()], ignore_index=True)

@@ -92,6 +92,10 @@ class Resumable(Callback):
 
     def trackers(self): return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, TrackerCallback)]
 
+    def about(self):
+        "What a training is known by"
+        return dict(lr=str(self.learn.lr), wd=str(self.learn.wd), batch_size=self.dls.train.bs, train_samples=len(self.dls.train_ds), valid_samples=len(self.dls.valid_ds))
+
     def before_fit(self):
         "Take up a checkpoint"
         self.done, self.stopped, self.run = 0, False, not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
@@ -99,6 +103,8 @@ class Resumable(Callback):
         try: s = torch.load(self.path, map_location=self.dls.device, weights_only=True)
         except Exception as e: raise InputError(self.path, 'checkpoint', f'{type(e).__name__}: {str(e)[:200]}', 'a file that Resumable wrote') from e
         if s['epochs'] != self.n_epoch: raise InputError(self.path, 'epochs', f'a training of {s["epochs"]}', f'{self.n_epoch}, or another folder')
+        other = [k for k, v in self.about().items() if s.get('about', {}).get(k) != v]
+        if other: raise InputError(self.path, other[0], s.get('about', {}).get(other[0]), f'{self.about()[other[0]]}, or another folder')
         try: self.learn.model.load_state_dict(s['model']); self.learn.opt.load_state_dict(s['opt'])
         except (RuntimeError, AssertionError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
         for cb, state in zip(self.trackers(), s['trackers']): cb.__dict__.update(state)
@@ -116,7 +122,7 @@ def before_epoch(self:Resumable):
 
 @patch
 def _write(self:Resumable, stopped=False):
-    s = dict(epochs=self.n_epoch, done=self.epoch+1, stopped=stopped, model=self.learn.model.state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
+    s = dict(epochs=self.n_epoch, about=self.about(), done=self.epoch+1, stopped=stopped, model=self.learn.model.state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
              trackers=[{k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for cb in self.trackers()], values=[[_plain(v) for v in row] for row in self.learn.recorder.values])
     s['opt'] = dict(state=[dict(o) for o in s['opt']['state']], hypers=[{k: _plain(v) for k, v in h.items()} for h in s['opt']['hypers']])
     self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ class LongitudinalFeatureProcessor(nn.Module):
         flow:Tensor|None # [N,2,H,W], pixels of the picture; `None`: no motion
     )->Tensor: # [N,C,h,w]
         "Features where the current exam has them"
-        return f if flow is None else warp(f, resize_flow(flow.detach().to(f.dtype), f.shape[2:]), padding='border')
+        return f if flow is None else warp(f, resize_flow(flow.detach().float(), f.shape[2:]), padding='border')
 
     def difference(self, now, then):
         d = now-then
@@ -170,9 +170,15 @@ class LMVNet(BaseRiskModel):
         if freeze_encoder: freeze_module(enc)
         self.processor = LongitudinalFeatureProcessor(enc, diff_mode, prior_mode)
         self.registration = None if registration is None else freeze_module(registration)
+        self.needs_flows = False  # a learner says so when the flows of its loaders take the place of a registration
         d, self.years, self.prior_dropout, self.view_dropout, self.token_pool = 3*enc.channels, years, prior_dropout, view_dropout, check_range(token_pool, 1, 16, 'LMVNet', 'token_pool', whole=True)
         self.blocks = nn.ModuleList(DualStreamBlock(d, heads, dropout, drop_path, weight_dropout=weight_dropout) for _ in range(blocks))
         self.fuse, self.layer = nn.Linear(2*d, d), CumulativeProbabilityLayer(d, years)
+
+    @property
+    def asks_flows(self):
+        "Does it take the flows of the batch?"
+        return self.registration is None
 
     def forward(self, batch:dict)->dict: return self.risks(batch)
 
@@ -232,4 +238,5 @@ class UnalignedRisk(LMVNet):
         **kwargs # go to `LMVNet`
     ): super().__init__(encoder, None, stride, years, **kwargs)
 
+    asks_flows = False
     def flow_of(self, batch, view): return None

@@ -41,9 +41,10 @@ def warp(
 )->Tensor: # [B,C,H,W], `x(p + flow(p))`
     "Fetch every pixel from where the flow says"
     check_flow(flow, where='warp'); check_in(mode, ('bilinear', 'bicubic', 'nearest'), 'warp', 'mode'); check_in(padding, ('zeros', 'border'), 'warp', 'padding')
+    if flow.dtype in (torch.float16, torch.bfloat16): flow = flow.float()  # half a number cannot say where a pixel is
     p = pixel_grid(flow.shape[2:], flow.device, flow.dtype) + flow
     last = torch.tensor([max(n-1, 1) for n in x.shape[2:]], device=flow.device, dtype=flow.dtype).view(1, 2, 1, 1)
-    return F.grid_sample(x, (2*p/last-1).flip(1).permute(0, 2, 3, 1).to(x.dtype), mode, padding, align_corners=True)
+    return F.grid_sample(x.to(flow.dtype), (2*p/last-1).flip(1).permute(0, 2, 3, 1), mode, padding, align_corners=True).to(x.dtype)
 
 # %% ../../nbs/registration/01_flow.ipynb #acedd7bb
 def sample_flow(

@@ -65,6 +65,7 @@ def affine_flow(
     size:tuple # (H, W)
 )->Tensor: # [B,2,H,W], pixels
     "An affine map as a flow"
+    if theta.dtype in (torch.float16, torch.bfloat16): theta = theta.float()
     half = torch.tensor([(n-1)/2 for n in size], device=theta.device, dtype=theta.dtype).view(2, 1, 1)
     p = pixel_grid(size, theta.device, theta.dtype)/half.clamp(min=.5)-1
     q = torch.einsum('bij,jhw->bihw', theta, torch.cat([p, torch.ones_like(p[:1])]))
