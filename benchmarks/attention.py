@@ -1,9 +1,11 @@
 """Attention that is never written down, at the full size of the source: `make bench NAME=attention`.
 
-One dual-stream block of LMV-Net with 3328 tokens of 1536 channels for each view (2048 x 1664 pixels at stride 32), one breast,
-a forward pass as for a prediction, and a step of forward and backward: ours, and the same block with the same weights whose attention
-matrices are written to memory. Each runs in a process of its own, in turn; memory is the growth of the process over its size before.
-Before them one forward pass of the whole model, registration included, on pictures of that size. The seed is of the numbers that go in.
+LMV-Net with 3328 tokens of 1536 channels for each view (2048 x 1664 pixels at stride 32), one breast: one attention of one view to the
+other, and the whole dual-stream block (four attentions, two FFNs), each as a forward pass for a prediction and as a training step of
+forward and backward without dropout: ours, and the same with the same weights whose attention matrices are written to memory. Each runs
+in a process of its own, in turn; memory is the growth of the process over its size before. `peak_memory_ratio` and `time_ratio` are those
+of the attention's forward pass; the others say what they are of. Before them one forward pass of the whole model, registration included,
+on pictures of that size. The seed is of the numbers that go in.
 """
 import argparse, json, resource, statistics, subprocess, sys, threading, time
 from pathlib import Path
@@ -34,27 +36,26 @@ class Peak:
         while self.on: self.most = max(self.most, self.me.memory_info().rss); time.sleep(.001)
     def __exit__(self, *exc): self.on = False; self.thread.join(); self.gib = (max(self.most, self.me.memory_info().rss)-self.base)/2**30
 
-def block_step(kind, seed):
-    "Memory and seconds of a step, and of a forward pass as for a prediction"
+def measure(kind, part, phase, seed):
+    "Memory and seconds of one part in one phase"
     torch.manual_seed(seed)
     block = DualStreamBlock(DIM, HEADS, dropout=0., drop_path=0.)
     if kind == 'materialised':
         for name in ('self_mha', 'cross_mha'):
             m = Materialised(DIM, HEADS, 0.); m.load_state_dict(getattr(block, name).state_dict()); setattr(block, name, m)
-    views, there = tuple(torch.randn(1, TOKENS, DIM, requires_grad=True) for _ in range(2)), (torch.ones(1),)*2
+    def tokens(n, seed): torch.manual_seed(seed); return tuple(torch.randn(1, n, DIM, requires_grad=True) for _ in range(2))
+    def forward(views): return block(views, (torch.ones(1),)*2) if part == 'block' else (block.cross_mha(*views),)
+    def run(views):
+        with torch.set_grad_enabled(phase == 'step'): out = forward(views)
+        if phase == 'step': sum(o.square().mean() for o in out).backward()
+        return out[0].detach()
+    small, views = tokens(16, seed+2), tokens(TOKENS, seed+1)
     for p in (*block.parameters(), *views): p.grad = torch.zeros_like(p)  # there in every step but the first
-    def step():
-        a, b = block(views, there)
-        (a.square().mean()+b.square().mean()).backward()
-        return a.detach()
-    def forward():
-        with torch.no_grad(): return block(views, there)[0]
-    found = {}
-    for name, f in (('forward', forward), ('step', step)):
-        with Peak() as p: out = f()  # the first time: nothing is kept from an earlier one
-        start = time.perf_counter(); f()
-        found |= {f'{name}_gib': p.gib, f'{name}_seconds': time.perf_counter()-start}
-    return found | dict(check=[float(v) for v in out[0, 0, :8]])
+    run(small)  # the libraries are loaded; nothing of the size in question is kept
+    with Peak() as p: out = run(views)
+    times = []
+    for _ in range(3 if part == 'attention' else 1): start = time.perf_counter(); run(views); times.append(time.perf_counter()-start)
+    return dict(gib=p.gib, seconds=min(times), check=[float(v) for v in out[0, 0, :8]])
 
 def whole(seed):
     "Memory of a forward pass of the whole model, and the peak of the process"
@@ -72,20 +73,23 @@ def child(*args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seed', type=int, default=0, help='of the numbers that go in'); p.add_argument('--rounds', type=int, default=3); p.add_argument('--child', choices=('sdpa', 'materialised', 'whole'))
+    p.add_argument('--seed', type=int, default=0, help='of the numbers that go in'); p.add_argument('--rounds', type=int, default=3); p.add_argument('--child', nargs='+', help='one measurement, for the parent')
     a = p.parse_args()
-    if a.child: return print(json.dumps(whole(a.seed) if a.child == 'whole' else block_step(a.child, a.seed)))
-    bench = Bench('attention', a.seed, dict(tokens=TOKENS, dim=DIM, heads=HEADS, picture=PICTURE, rounds=a.rounds, threads=cores()), 'about 8 minutes')
+    if a.child: return print(json.dumps(whole(a.seed) if a.child == ['whole'] else measure(*a.child, a.seed)))
+    bench = Bench('attention', a.seed, dict(tokens=TOKENS, dim=DIM, heads=HEADS, picture=PICTURE, rounds=a.rounds, threads=cores()), 'about 12 minutes')
     if not bench.done('lmvnet', 'process_gib'):
-        full = child('--child', 'whole', '--seed', a.seed)
+        full = child('--seed', a.seed, '--child', 'whole')
         for metric, k in (('forward_gib', 'gib'), ('forward_seconds', 'seconds'), ('process_gib', 'process_gib')): bench.add('lmvnet', metric, full[k], n=1)
-    if bench.done('sdpa / materialised', 'time_ratio'): return print('  all rows are there already, for this commit and these settings')
-    runs = [{k: child('--child', k, '--seed', a.seed) for k in ('sdpa', 'materialised')} for _ in range(a.rounds)]
-    for r in runs: assert all(abs(x-y) < 1e-3 for x, y in zip(r['sdpa']['check'], r['materialised']['check'])), 'the two blocks disagree'
-    for k in ('sdpa', 'materialised'):
-        for m in ('forward_gib', 'forward_seconds', 'step_gib', 'step_seconds'): bench.add(k, m, statistics.median(r[k][m] for r in runs), n=len(runs))
-    for metric, k in (('forward_memory_ratio', 'forward_gib'), ('forward_time_ratio', 'forward_seconds'), ('peak_memory_ratio', 'step_gib'), ('time_ratio', 'step_seconds')):
-        each = [r['sdpa'][k]/r['materialised'][k] for r in runs]
-        bench.add('sdpa / materialised', metric, statistics.median(each), min(each), max(each), n=len(each))
+    for part in ('attention', 'block'):
+        for phase in ('forward', 'step'):
+            name = '' if (part, phase) == ('attention', 'forward') else f'{part}_{phase}_'
+            if bench.done('sdpa / materialised', f'{name}time_ratio'): continue
+            runs = [{k: child('--seed', a.seed, '--child', k, part, phase) for k in ('sdpa', 'materialised')} for _ in range(a.rounds)]
+            for r in runs: assert all(abs(x-y) < 1e-3 for x, y in zip(r['sdpa']['check'], r['materialised']['check'])), f'{part}: the two disagree'
+            for k in ('sdpa', 'materialised'):
+                for m in ('gib', 'seconds'): bench.add(k, f'{part}_{phase}_{m}', statistics.median(r[k][m] for r in runs), n=len(runs))
+            for metric, m in (('peak_memory_ratio', 'gib'), ('time_ratio', 'seconds')):
+                each = [r['sdpa'][m]/r['materialised'][m] for r in runs]
+                bench.add('sdpa / materialised', name+metric, statistics.median(each), min(each), max(each), n=len(each))
 
 if __name__ == '__main__': main()
