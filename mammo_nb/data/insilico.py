@@ -24,7 +24,7 @@ from ..core.geometry import Affine, map_boxes, mask_box
 from ..core.vocabulary import LATERALITIES, VIEWS, split_view_key
 from .cohort import Cohort
 from .dicom import write_mammogram
-from .gaze import simulate_fixations, record, write_miceye
+from .reader import simulate_fixations, record, write_miceye
 from .phantom import (Grid, Lumps, Breast, Deformation, VBD, SHAPES, mass, calcifications, summation_shadow, parenchyma, inside, project, view_plane,
     thickness_map, with_density, glandular_map, pectoral_map, draw_deformation, pixel_centres, deform, acquire, present)
 
@@ -579,7 +579,7 @@ def truth_table(
 # %% ../../nbs/data/20_insilico.ipynb #61c452d7
 def generator_hash()->str: # 12 hex digits
     "A hash of the code that draws and writes patients: files of other code are not taken for its own"
-    names = [f'mammo_nb.data.{m}' for m in ('phantom', 'gaze', 'dicom_file', 'insilico')]
+    names = [f'mammo_nb.data.{m}' for m in ('phantom', 'reader', 'dicom_file', 'insilico')]
     return hashlib.sha256(''.join(inspect.getsource(importlib.import_module(n)) for n in names).encode()).hexdigest()[:12]
 
 def _tables_hash(cohort):

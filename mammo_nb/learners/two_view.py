@@ -125,8 +125,9 @@ def predict(
     prepared:PreparedCohort, # pictures, prepared as those that it was trained on
     split:str|None=None, # `train`, `valid` or `test`; `None`: all breasts
     rows:pd.DataFrame|None=None, # as from `breasts`; `None`: all of the cohort
-    bs:int=32 # breasts a batch
-)->pd.DataFrame: # predictions table: `probability`, `probability_cc`, `probability_mlo`
+    bs:int=32, # breasts a batch
+    system:str='two_view' # name in the table
+)->pd.DataFrame: # predictions table: `probability`, and where the model says them `probability_cc`, `probability_mlo`
     "What a two-view model says about the breasts of a cohort"
     model = getattr(model, 'model', model)
     rows = breasts(check_prepared(prepared, 'predict').cohort) if rows is None else rows
@@ -136,7 +137,7 @@ def predict(
     if not len(ds): raise InputError('predict', f'split {split}' if split else 'rows', f'no breast with a prepared picture ({len(rows)} rows)', 'at least one')
     version, parts = model_version(model), []
     for k,v in _answers(model, ds, bs).items():
-        parts.append(predictions_table(ds.rows, 1/(1+np.exp(-v)), 'two_view', k.replace('logit', 'probability'), version))
+        parts.append(predictions_table(ds.rows, 1/(1+np.exp(-v)), system, k.replace('logit', 'probability'), version))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/learners/05_two_view.ipynb #60d5cb99

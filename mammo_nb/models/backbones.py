@@ -9,6 +9,7 @@ __all__ = ['OFFLINE', 'lite0_weights', 'Backbone', 'freeze_module', 'unfreeze_mo
 import copy
 from functools import lru_cache
 import timm, torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from ..core.errors import InputError, check_in
 from ..core.optional import optional_import
@@ -86,6 +87,37 @@ class Backbone(nn.Module):
             self.register_buffer(k, v.view(1,-1,1,1), persistent=False)
 
     def forward(self, x:Tensor)->Tensor: return self.body((x-self.mean)/self.std)[0]
+
+# %% ../../nbs/models/01_backbones.ipynb #aa70dcbb
+class _Standard(nn.Module):
+    "The scaling that the weights expect"
+    def __init__(self, mean, std): super().__init__(); self.register_buffer('mean', mean, persistent=False); self.register_buffer('std', std, persistent=False)
+    def forward(self, x): return (x-self.mean)/self.std
+
+def _row(model, prefix='', sep='.'):
+    "Names and modules in order, rows of modules taken apart"
+    for k, m in model.named_children():
+        if isinstance(m, (nn.Sequential, nn.ModuleList)): yield from _row(m, f'{prefix}{k}{sep}')
+        else: yield f'{prefix}{k}', m
+
+@patch
+def split(self:Backbone)->tuple: # (first, last) modules, `last(first(x))` is the whole; channels between
+    "Two halves, before and after the last stage; the same weights, not a copy"
+    body, info = getattr(self.body, 'model', self.body), _plain(self.name).feature_info
+    def last_of(stride): return [i for i in info if i['reduction'] == stride][-1:] or [dict(module=None, num_chs=0)]
+    (a,), (b,) = last_of(self.stride//2), last_of(self.stride)
+    row = list(_row(body)); names = [k for k, _ in row]
+    def end(name): return max((i+1 for i, k in enumerate(names) if name and (k == name or k.startswith(f'{name}.') or k == name.replace('.', '_'))), default=0)
+    first, last = (nn.Sequential(*(m for _, m in row[i:j])) for i, j in ((0, end(a['module'])), (end(a['module']), end(b['module']))))
+    first.insert(0, _Standard(self.mean, self.std))
+    mode = self.training; self.eval()
+    with torch.random.fork_rng(), torch.no_grad():
+        x = torch.rand(1, self.mean.shape[1], 64, 64, device=self.mean.device)
+        try: same = torch.allclose(last(first(x)), self(x), atol=1e-5)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError): same = False
+    self.train(mode)
+    if not (len(first) > 1 and len(last) and same): raise InputError(f'Backbone {self.name}', 'split', 'stages that do not run one after another', 'a plain row of stages, such as resnet18')
+    return first, last, a['num_chs']
 
 # %% ../../nbs/models/01_backbones.ipynb #8d82a018
 def _pin(module, args): module.training = False
