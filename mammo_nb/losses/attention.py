@@ -45,17 +45,15 @@ def gaussian_pyramid(
     while len(out) < levels and min(out[-1].shape[2:])/2 >= smallest: out.append(pyramid_down(out[-1]))
     return out
 
-# %% ../../nbs/losses/05_attention.ipynb #c3b6344e
+# %% ../../nbs/losses/05_attention.ipynb #9e07d68c
 def pixel_norm(
     x:Tensor, # [B,1,h,w]
-    eps:float=1e-6 # of the largest value squared: constant maps give 0
+    eps:float=1e-6 # added to the variance, in units of the largest value: constant maps give 0
 )->Tensor: # the same shape, at least 0
     "Z of Eq. 2: mean 0 and standard deviation 1 over the pixels of each map, then ReLU"
     x = x.float()
-    d = x-x.mean((2, 3), keepdim=True)
-    scale = x.detach().abs().amax((2, 3), keepdim=True)
-    var = d.square().mean((2, 3), keepdim=True)
-    return (d/(var+eps*scale.square()+1e-24).sqrt()).relu()
+    d = (x-x.mean((2, 3), keepdim=True))/x.detach().abs().amax((2, 3), keepdim=True).clamp(min=1e-30)
+    return (d/(d.square().mean((2, 3), keepdim=True)+eps).sqrt()).relu()
 
 def pyramid_loss(
     cam:Tensor, # [B,h,w] what the network used, signed, any unit

@@ -1,0 +1,184 @@
+"Mammo-Net: what the notebooks show badly (two processes, files that vanish), and each check of its specification."
+import math, multiprocessing as mp
+import numpy as np, pytest, torch
+from torch import nn
+from torch.nn import functional as F
+from mammo_nb.core.seeding import seed_everything
+from mammo_nb.data.cache import prepare_cohort
+from mammo_nb.data.gaze import disturb_gaze, gaze_to_heatmap, read_gaze
+from mammo_nb.data.insilico import insilico_cohort, write_insilico
+from mammo_nb.data.prepare import PrepareConfig
+from mammo_nb.data.samples import Augment, TwoViewDataset, two_view_dls
+from mammo_nb.learners.mammonet import attention_maps, mammonet_learner
+from mammo_nb.learners.two_view import predict
+from mammo_nb.losses.attention import gaussian_pyramid, grad_cam, pyramid_loss
+from mammo_nb.losses.contrastive import bidirectional_fusion_loss
+from mammo_nb.losses.mammonet import MammoNetLoss
+from mammo_nb.models.blocks import CrossViewAttention
+from mammo_nb.models.mammonet import MammoNet
+
+SMALL = dict(backbone='small', stride=8, model_args=dict(width=8, heads=2, head_dim=8, embed=16, hidden=8))
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    d = tmp_path_factory.mktemp('gaze')
+    return prepare_cohort(write_insilico(insilico_cohort(12, seed=4, exams=1), d/'files', progress=False), d/'cache', PrepareConfig(size=(96, 72)), progress=False)
+
+# -- fusion learning (checks 1 and 2)
+
+@pytest.mark.parametrize('b', [2, 4, 8, 16, 32])
+def test_fusion_loss_cannot_be_beaten(b):
+    best = math.log(1+(b-1)*math.exp(-b/(b-1)))
+    assert math.isclose(best, {2: .1269, 4: .5827, 8: 1.1732, 16: 1.8185, 32: 2.4884}[b], abs_tol=1e-4)
+    seed_everything(b); x = torch.randn(b, 32, requires_grad=True); opt = torch.optim.Adam([x], .1)
+    for _ in range(400):
+        loss = bidirectional_fusion_loss(x, x); opt.zero_grad(); loss.backward(); opt.step()
+    assert best-1e-5 < float(loss.detach()) < best+.02  # an optimiser comes to the bound from above, and stays there
+
+def _worker(rank, path, out):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
+    try:
+        p, q, w = _batch()
+        mine = slice(rank*4, rank*4+4)
+        w = w.clone().requires_grad_()
+        found = {}
+        for direction in ('paper', 'mmim', 'symmetric'):
+            loss = bidirectional_fusion_loss(p[mine] @ w, q[mine] @ w.T, direction, .3)
+            g, = torch.autograd.grad(loss, w)
+            both = torch.stack([loss.detach(), *g.flatten()])
+            torch.distributed.all_reduce(both)
+            found[direction] = (both/2).tolist()  # what distributed training does: the mean over the processes
+        refused = ''
+        try: bidirectional_fusion_loss(p[:3+rank], q[:3+rank])
+        except ValueError as e: refused = str(e)
+        if rank == 0: out.put((found, refused))
+    finally: torch.distributed.destroy_process_group()
+
+def _batch():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(8, 6, generator=g), torch.randn(8, 6, generator=g), torch.randn(6, 6, generator=g)
+
+def test_two_processes_are_one(tmp_path):
+    ctx = mp.get_context('spawn'); out = ctx.Queue()
+    ps = [ctx.Process(target=_worker, args=(r, tmp_path/'store', out)) for r in range(2)]
+    for p in ps: p.start()
+    found, refused = out.get(timeout=120)
+    for p in ps: p.join(60); assert p.exitcode == 0
+    p, q, w = _batch(); w.requires_grad_()
+    for direction, got in found.items():
+        loss = bidirectional_fusion_loss(p @ w, q @ w.T, direction, .3)
+        g, = torch.autograd.grad(loss, w)
+        assert np.allclose(got, torch.stack([loss.detach(), *g.flatten()]), atol=1e-5), direction
+    assert '[3, 4] breasts on the processes' in refused
+
+# -- pyramid (3), attention (4), class activation (6, 7)
+
+def test_pyramid_levels_keep_mass_and_halve():
+    x = torch.rand(2, 1, 64, 32)
+    sizes = [tuple(o.shape[2:]) for o in gaussian_pyramid(x)]
+    assert sizes == [(64, 32), (32, 16), (16, 8), (8, 4)]
+    assert all(abs(float(o.mean()-x.mean())) < .02 for o in gaussian_pyramid(x))
+
+def test_pyramid_loss_in_half_precision_and_with_extreme_units():
+    h, r, has = torch.randn(2, 24, 18), torch.rand(2, 1, 24, 18), torch.ones(2)
+    want = pyramid_loss(h, r, has)
+    for scale in (1e-12, 1e12): assert torch.isclose(pyramid_loss(h*scale, r, has), want, rtol=1e-3)
+    assert torch.isclose(pyramid_loss(h.half(), r, has), want, rtol=2e-2)
+
+@pytest.mark.parametrize('project', [False, True])
+def test_cross_view_attention_swaps_with_the_views(project):
+    seed_everything(0); a = CrossViewAttention(12, 3, 4, project_values=project).eval()
+    x, y = torch.randn(2, 12, 6, 5), torch.randn(2, 12, 7, 5)
+    assert a(x, y).shape == x.shape and torch.allclose(a.attention_to(x, y, 3).sum((2, 3)), torch.ones(2, 3))
+    nothing = a.norm(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (6, 5))
+    assert torch.allclose(a(x, torch.zeros_like(y)), nothing, atol=1e-6)
+
+@pytest.mark.parametrize('backbone, stride', [('resnet18', 32), ('tf_efficientnet_lite0', 32), ('small', 8)])
+def test_gradient_of_the_attention_map_reaches_the_first_layer(backbone, stride):
+    seed_everything(0); net = MammoNet(backbone, stride=stride).train()
+    out = net(dict(image_cc=torch.rand(2, 1, 128, 96), image_mlo=torch.rand(2, 1, 128, 96)))
+    assert not out['cam_cc'].isnan().any()
+    pyramid_loss(torch.cat([out['cam_cc'], out['cam_mlo']]), torch.rand(4, 1, 16, 12), torch.ones(4)).backward()
+    for half in net.first: assert next(p for p in half.parameters() if p.dim() == 4).grad.abs().sum() > 0
+    assert all(p.grad is None or not p.grad.any() for p in net.head.parameters())  # its weights are constants
+
+def test_gradient_cam_of_a_linear_head_is_the_classical_map():
+    seed_everything(1); head, f = nn.Linear(7, 1), torch.randn(3, 7, 6, 5, requires_grad=True)
+    cam = grad_cam(head(F.adaptive_avg_pool2d(f, 1).flatten(1))[:, 0], f)
+    assert torch.allclose(cam*30, torch.einsum('c,bchw->bhw', head.weight[0], f), atol=1e-5)
+
+# -- gaze is for training only (5)
+
+def test_gaze_files_may_vanish(prepared):
+    dls = two_view_dls(prepared, bs=4, gaze=True, seed=0)
+    learn = mammonet_learner(dls, 'mammonet', **SMALL, seed=0)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+    before, maps = predict(learn, prepared, split='test', system='mammonet'), attention_maps(learn, prepared, split='test')
+    moved = {prepared.cohort.file(p): prepared.cohort.file(p).read_bytes() for p in prepared.cohort.images.gaze_path}
+    try:
+        for f in moved: f.unlink()
+        after, again = predict(learn, prepared, split='test', system='mammonet'), attention_maps(learn, prepared, split='test')
+    finally:
+        for f, b in moved.items(): f.write_bytes(b)
+    assert before['value'].tolist() == after['value'].tolist() and all((maps[k] == again[k]).all() for k in maps)
+
+def test_a_breast_without_gaze_teaches_by_its_label_only(prepared):
+    off = {prepared.cohort.images.image_id[0]}
+    full, part = (TwoViewDataset(prepared, two_view_dls(prepared, bs=4, gaze=True).train_ds.rows, gaze=g) for g in (True, lambda i, g: None))
+    seed_everything(0); net = MammoNet('small', stride=8, width=8, embed=16, hidden=8, heads=2, head_dim=8, dropout=0.).eval()
+    batch = lambda ds: tuple({k: torch.stack([s[j][k] for s in (ds[0], ds[1], ds[2])]) for k in ds[0][j]} for j in range(2))
+    def grads(loss, ds):
+        x, y = batch(ds); net.zero_grad(); loss(net(x), y).backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    same = zip(grads(MammoNetLoss(.5, 0), part), grads(MammoNetLoss(0, 0), part))
+    assert all(torch.equal(a, b) for a, b in same)
+    assert any(not torch.equal(a, b) for a, b in zip(grads(MammoNetLoss(.5, 0), full), grads(MammoNetLoss(0, 0), full)))
+    assert off
+
+def test_the_augmented_gaze_is_where_the_augmented_lesion_is(prepared):
+    "A bright spot and a look at it go through the same movement"
+    seed_everything(0)
+    spots, x, y = torch.tensor([[40., 30.], [60., 20.], [30., 40.]]), {}, dict(label=torch.ones(3), has_gaze=torch.ones(3, 2))
+    at = lambda p, s: torch.exp(-((torch.arange(96.)[:, None]+.5-p[0])**2+(torch.arange(72.)+.5-p[1])**2)/(2*s*s))
+    for v in ('cc', 'mlo'):
+        x[f'image_{v}'] = torch.stack([at(p, 3.)[None] for p in spots])
+        y[f'gaze_{v}'] = torch.stack([torch.from_numpy(gaze_to_heatmap([p.tolist()], None, (96, 72), sigma_px=4, stride=4, slices=1)[0]) for p in spots])
+    a, b = Augment(rotate=20, shift=.1, scale=.1, gain=0, gamma=0, flip=.5)((x, y), split_idx=0)
+    def centre(m):
+        m = m[:, 0]; h, w = m.shape[1:]; m = m/m.sum((1, 2), keepdim=True)
+        return torch.stack([(m.sum(2)*(torch.arange(h)+.5)/h).sum(1), (m.sum(1)*(torch.arange(w)+.5)/w).sum(1)], 1)
+    for v in ('cc', 'mlo'): assert (centre(a[f'image_{v}'])-centre(b[f'gaze_{v}'])).abs().max() < .02
+
+# -- dwell (8)
+
+def test_dwell_time_counts_and_nothing_else_changes():
+    peaks = lambda t: gaze_to_heatmap([(30, 20), (70, 50)], t, (96, 72), sigma_px=5, normalize=None)[0][0][[30, 70], [20, 50]]
+    assert np.allclose(peaks([200, 100])/peaks([100, 100]), [2, 1], atol=1e-4)
+    stream = [(30, 20)]*12+[(70, 50)]*6
+    a = gaze_to_heatmap(stream, None, (96, 72), sigma_px=5)[0]
+    b = gaze_to_heatmap(stream+[(-5, 4), (np.nan, np.nan), (40, 500)], None, (96, 72), sigma_px=5)[0]
+    assert (a == b).all() and np.isclose(a[0, 70, 50]/a[0, 30, 20], .5, atol=.01)
+
+def test_real_logs_survive_noise(prepared):
+    g = read_gaze(prepared.cohort.file(prepared.cohort.images.gaze_path[0]))
+    worse = disturb_gaze(g, np.random.default_rng(0), noise=5, keep=.5)
+    assert list(worse) == list(g) and .3 < len(worse)/len(g) < .7
+
+# -- fastai's machinery
+
+def test_learner_finds_rates_exports_and_comes_back(prepared, tmp_path):
+    from fastai.learner import load_learner
+    dls = two_view_dls(prepared, bs=4, gaze=True, seed=0)
+    learn = mammonet_learner(dls, 'mammonet', **SMALL, seed=0, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=5, show_plot=False); learn.fit(1)
+        want = learn.get_preds()[0]
+        learn.export('m.pkl')
+        again = load_learner(tmp_path/'m.pkl', cpu=True)
+    x, _ = dls.valid.one_batch()
+    with torch.no_grad(): a, b = (m.eval()(x)['logit'] for m in (learn.model.cpu(), again.model))
+    assert torch.equal(a, b) and len(want) == len(dls.valid_ds)
+
+def test_gaze_works_in_worker_processes(prepared):
+    one, two = (next(iter(two_view_dls(prepared, bs=4, gaze=True, seed=0, augment=None, num_workers=n).valid)) for n in (0, 2))
+    assert torch.equal(one[1]['gaze_cc'], two[1]['gaze_cc']) and one[1]['has_gaze'].all()
