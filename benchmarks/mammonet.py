@@ -10,7 +10,7 @@ the results is measured on.
 
 What is finished is kept below `.cache/`, so a stopped run goes on where it was.
 """
-import argparse, json, sys, time
+import argparse, sys, time
 from pathlib import Path
 import pandas as pd, torch
 from joblib import Parallel, delayed
@@ -30,15 +30,15 @@ from mammo_nb.metrics.predictions import one_output
 from mammo_nb.report.stages import code_hash
 
 SIZE = (192, 144)
-NET = dict(width=16, dense=True, heads=4, head_dim=16)
-TRAIN = dict(stride=16, bs=16, flip=.5, lr=3e-3, gaze_weight=.5, fusion_weight=.2, scan_weight=.1, slices=4)
+NET = dict(width=16, dense=True, pool='peak', shared=True, heads=4, head_dim=16, source_pool=2, create_graph=True)
+TRAIN = dict(stride=16, bs=16, flip=.5, lr=3e-3, gaze_weight=1.5, fusion_weight=.2, scan_weight=.1, slices=4)
 ROWS = ('cc', 'mlo', 'cross_view', 'cross_view_bfl', 'cross_view_gaze', 'mammonet', 'mammonet_scanpath', 'half_gaze')
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seed', type=int, default=0, help='of the patients')
     p.add_argument('--patients', type=int, default=1000)
-    p.add_argument('--epochs', type=int, default=8)
+    p.add_argument('--epochs', type=int, default=6)
     p.add_argument('--train-seeds', type=int, nargs='+', default=[0, 1, 2])
     return p.parse_args()
 

@@ -219,7 +219,7 @@ def test_a_tour_that_is_killed_goes_on_and_a_second_one_reuses(tmp_path):
     page = (tmp_path/'t/index.html').read_text()
     assert page.endswith('</html>\n') and 'What none of this shows' in page
     assert re.search(r'peak memory \d\.\d\d GiB', out) and re.search(r'total [\d.]+ s', out)
-    assert [d.name.rpartition('-')[0] for d in sorted((tmp_path/'t/stages').iterdir()) if d.is_dir() and not d.name.startswith('.')] == ['cohort', 'followed', 'model', 'predictions', 'risk']
+    assert [d.name.rpartition('-')[0] for d in sorted((tmp_path/'t/stages').iterdir()) if d.is_dir() and not d.name.startswith('.')] == ['cohort', 'followed', 'gaze', 'model', 'predictions', 'risk', 'watched']
     status, again, err = done(command('mammo_tour', '--folder', tmp_path/'t', *TOUR))
     assert status == 0, err
     for stage in ('cohort', 'prepare in-silico', 'prepare real', 'model', 'predictions'): assert re.search(rf'^  {stage} +[\d.]+ s  reused$', again, re.M), again

@@ -226,7 +226,8 @@ def mammo_tour(
     import matplotlib
     matplotlib.use('Agg')
     from mammo_nb.report.tour import TourConfig, run_tour
-    asked = dict(n_patients=patients, epochs=epochs, seed=seed)
+    fewer = {} if patients is None else {k: min(getattr(TourConfig, k), max(24, patients)) for k in ('followed', 'watched')}  # sections with patients of their own
+    asked = dict(n_patients=patients, epochs=epochs, seed=seed) | fewer
     try: run_tour(folder, TourConfig(**{k: v for k, v in asked.items() if v is not None}), workers, _say, not quiet)
     except (InputError, OSError) as e: return _wrong('mammo_tour', e)
     return 0

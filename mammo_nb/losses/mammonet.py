@@ -14,7 +14,7 @@ from ..core.errors import InputError, check_in, check_range
 from .attention import pyramid_loss, scanpath_loss
 from .contrastive import bidirectional_fusion_loss
 
-# %% ../../nbs/losses/15_mammonet.ipynb #e4db2888
+# %% ../../nbs/losses/15_mammonet.ipynb #0deedf14
 class MammoNetLoss(nn.Module):
     "Weighted cross-entropy, gaze, fusion learning, scan path; of the outputs of `MammoNet`"
     def __init__(self,
@@ -23,14 +23,15 @@ class MammoNetLoss(nn.Module):
         scan_weight:float=0., # of the order of the looks; needs a model with slices
         pos_weight:float=1., # of a cancer
         levels:int=4, # of the pyramid
+        explain:str='cancer', # the activation map of which class is compared with the gaze: always `cancer`, or the `truth`
         direction:str='paper', # of fusion learning, see `bidirectional_fusion_loss`
         temperature:float=1. # of fusion learning
     ):
         super().__init__()
         for k, v in dict(gaze_weight=gaze_weight, fusion_weight=fusion_weight, scan_weight=scan_weight).items(): setattr(self, k, check_range(v, 0, None, 'MammoNetLoss', k))
-        check_range(pos_weight, 1e-6, None, 'MammoNetLoss', 'pos_weight'); check_in(direction, ('paper', 'mmim', 'symmetric'), 'MammoNetLoss', 'direction')
+        check_range(pos_weight, 1e-6, None, 'MammoNetLoss', 'pos_weight'); check_in(direction, ('paper', 'mmim', 'symmetric'), 'MammoNetLoss', 'direction'); check_in(explain, ('truth', 'cancer'), 'MammoNetLoss', 'explain')
         self.register_buffer('w', torch.tensor(float(pos_weight)))
-        self.levels, self.direction, self.temperature = levels, direction, temperature
+        self.levels, self.explain, self.direction, self.temperature = levels, explain, direction, temperature
 
     def activation(self, logit): return logit.sigmoid()
     def decodes(self, probability): return probability
@@ -39,7 +40,7 @@ class MammoNetLoss(nn.Module):
         weight = dict(bce=1., gaze=self.gaze_weight, fusion=self.fusion_weight, scan=self.scan_weight)
         return sum(weight[k]*v for k, v in self.terms(pred, targets).items())
 
-# %% ../../nbs/losses/15_mammonet.ipynb #dd9627b4
+# %% ../../nbs/losses/15_mammonet.ipynb #f0a16abe
 def _views(pred): return [(i, v) for i, v in enumerate(('cc', 'mlo')) if f'cam_{v}' in pred]
 
 @patch
@@ -70,8 +71,8 @@ def terms(self:MammoNetLoss,
     gaze = lambda: torch.cat([targets[f'gaze_{v}'] for _, v in _views(pred)])
     if self.gaze_weight:
         cam, has = self.looked(pred, targets)
-        sign = (2*yy-1).repeat(len(_views(pred))).view(-1, 1, 1)
-        out['gaze'] = pyramid_loss(cam*sign, gaze(), has, self.levels)
+        if self.explain == 'truth': cam = cam*(2*yy-1).repeat(len(_views(pred))).view(-1, 1, 1)
+        out['gaze'] = pyramid_loss(cam, gaze(), has, self.levels)
     if self.fusion_weight:
         out['fusion'] = sum(bidirectional_fusion_loss(p, q, self.direction, self.temperature, t) for p, q, t in zip(pred['vectors'], pred['predicted'], pred['present']))
     if self.scan_weight:

@@ -116,25 +116,28 @@ class CrossViewAttention(nn.Module):
         heads:int=8, # H
         head_dim:int=32, # of queries and keys
         dropout:float=.1, # of what is taken home, in training
-        project_values:bool=False # a linear map of the source's features for each head instead of the features themselves
+        project_values:bool=False, # a linear map of the source's features for each head instead of the features themselves
+        source_pool:int=1 # cells of the source along a side that become one, by their largest values
     ):
         super().__init__()
-        self.heads, self.head_dim, width = heads, head_dim, head_dim if project_values else channels
+        self.heads, self.head_dim, self.pool, width = heads, head_dim, check_range(source_pool, 1, 16, 'CrossViewAttention', 'source_pool', whole=True), head_dim if project_values else channels
         self.q, self.k = (nn.Linear(channels, heads*head_dim, bias=False) for _ in range(2))
         self.v = nn.Linear(channels, heads*width, bias=False) if project_values else None
         self.out, self.drop, self.norm = nn.Linear(heads*width, channels, bias=False), nn.Dropout(dropout), nn.LayerNorm(channels)
 
     def split(self, x): return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B,H,N,d]
     def tokens(self, f): return f.flatten(2).transpose(1, 2)
+    def pooled(self, f): return F.max_pool2d(f, self.pool, ceil_mode=True) if self.pool > 1 else f
 
     def forward(self,
         target:Tensor, # [B,C,h,w]
         source:Tensor, # [B,C,g,u]
         there:Tensor|None=None # [B] 1 where the source exists; `None`: everywhere
     )->Tensor: # [B,C,h,w]
-        y, s = self.tokens(target), self.tokens(source)
-        v = self.split(self.v(s)) if self.v else s[:, None].expand(-1, self.heads, -1, -1)
-        x = F.scaled_dot_product_attention(self.split(self.q(y)), self.split(self.k(s)), v).transpose(1, 2).flatten(2)
+        y, s = self.tokens(target), self.tokens(self.pooled(source))
+        q, k, v = self.split(self.q(y)), self.split(self.k(s)), self.split(self.v(s)) if self.v else s[:, None].expand(-1, self.heads, -1, -1)
+        if (more := v.shape[-1]-self.head_dim) > 0: q, k = (F.pad(o, (0, more)) for o in (q, k))  # fused kernels want one width for all
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-.5).transpose(1, 2).flatten(2)
         if there is not None: x = x*there.view(-1, 1, 1).to(x.dtype)
         return self.norm(y + self.drop(self.out(x))).transpose(1, 2).unflatten(2, target.shape[2:])
 
@@ -142,7 +145,8 @@ class CrossViewAttention(nn.Module):
         target:Tensor, # [B,C,h,w]
         source:Tensor, # [B,C,g,u]
         cell:int # of the target, row by row
-    )->Tensor: # [B,H,g,u], each head sums to 1
+    )->Tensor: # [B,H,g,u] (of the pooled source), each head sums to 1
         "Where one cell looks"
+        source = self.pooled(source)
         q, k = self.split(self.q(self.tokens(target)[:, cell:cell+1])), self.split(self.k(self.tokens(source)))
         return (q @ k.transpose(-1, -2)/self.head_dim**.5).softmax(-1)[:, :, 0].unflatten(2, source.shape[2:])

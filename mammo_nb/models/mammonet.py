@@ -48,7 +48,7 @@ class FusionHead(nn.Module):
         i = self.fuse(torch.cat(p, 1))
         return dict(logit=self.logit(i)[:, 0], fused=i, vectors=p, predicted=[n(i) for n in self.predict])
 
-# %% ../../nbs/models/20_mammonet.ipynb #1f3d625f
+# %% ../../nbs/models/20_mammonet.ipynb #5dd8b10d
 class MammoNet(nn.Module):
     "Two views -> the logit of malignancy, class-activation maps, and what the losses ask for"
     def __init__(self,
@@ -60,6 +60,7 @@ class MammoNet(nn.Module):
         shared:bool=False, # one encoder for both views
         heads:int=8, # of the attention
         head_dim:int=32, # of its queries and keys
+        source_pool:int=1, # see `models.blocks.CrossViewAttention`
         dropout:float=.1, # in the attention and of the fused vector
         embed:int=256, # length of a view's vector
         hidden:int=128, # of the fused vector
@@ -71,12 +72,12 @@ class MammoNet(nn.Module):
         super().__init__()
         if not views or len(set(views)) != len(views): raise InputError('MammoNet', 'views', repr(views), 'one or both of cc, mlo, each once')
         self.views, self.create_graph, self.slices = tuple(check_in(v, ('cc', 'mlo'), 'MammoNet', 'views') for v in views), create_graph, check_range(slices, 0, 100, 'MammoNet', 'slices', whole=True)
-        self.config = dict(backbone=backbone, views=list(views), attention=attention, stride=stride, shared=shared, heads=heads, head_dim=head_dim, dropout=dropout, embed=embed, hidden=hidden, pool=pool, slices=slices, create_graph=create_graph, **kwargs)
+        self.config = dict(backbone=backbone, views=list(views), attention=attention, stride=stride, shared=shared, heads=heads, head_dim=head_dim, source_pool=source_pool, dropout=dropout, embed=embed, hidden=hidden, pool=pool, slices=slices, create_graph=create_graph, **kwargs)
         halves = [make_encoder(backbone, stride, pretrained, **kwargs) for _ in range(1 if shared else len(views))]
         self.stride, channels = halves[0].stride, halves[0].channels
         first, last, between = zip(*(e.split() for e in halves))
         self.first, self.last = nn.ModuleList(first), nn.ModuleList(last)
-        self.attend = nn.ModuleList(CrossViewAttention(between[0], heads, head_dim, dropout) for _ in halves) if attention and len(views) == 2 else None
+        self.attend = nn.ModuleList(CrossViewAttention(between[0], heads, head_dim, dropout, source_pool=source_pool) for _ in halves) if attention and len(views) == 2 else None
         self.head = FusionHead(channels, len(views), embed, hidden, pool, dropout)
         self.scan = nn.Conv2d(channels, slices, 1) if slices else None
 

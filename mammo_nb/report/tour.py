@@ -50,9 +50,11 @@ class TourConfig:
     n_boot: int = 2000 # resamples of patients
     followed: int = 80 # in-silico patients with two exams, for the section on risk
     risk_epochs: int = 5 # of the training of that section
+    watched: int = 60 # in-silico patients with a short cut and gaze, for the section on gaze
+    gaze_epochs: int = 10 # of the trainings of that section
 
     def __post_init__(self):
-        for name, low in dict(n_patients=8, epochs=1, batch=2, n_boot=10, followed=24, risk_epochs=1).items(): check_range(getattr(self, name), low, None, 'TourConfig', name)
+        for name, low in dict(n_patients=8, epochs=1, batch=2, n_boot=10, followed=24, risk_epochs=1, watched=20, gaze_epochs=1).items(): check_range(getattr(self, name), low, None, 'TourConfig', name)
 
 # %% ../../nbs/report/05_tour.ipynb #7a7890eb
 class Tour:
