@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._common import Bench, ROOT, cores, tag
 from mammo_nb.core.seeding import rng_for, seed_everything
 from mammo_nb.data.cache import prepare_cohort
+from mammo_nb.data.gaze import disturb_gaze
 from mammo_nb.data.insilico import Settings, insilico_cohort, settings_name, write_insilico
 from mammo_nb.data.prepare import PrepareConfig
 from mammo_nb.data.samples import Augment, two_view_dls
@@ -49,25 +50,32 @@ def in_silico(patients, seed):
     cohort = write_insilico(insilico_cohort(patients, seed, exams=1, shortcut=True), base/'files')
     return prepare_cohort(cohort, base/'prepared', PrepareConfig(size=SIZE)), base
 
-def half_of(patient_of, seed):
-    "Takes the gaze of half of the patients away"
-    return lambda image_id, gaze: gaze if rng_for(seed, 'half', patient_of[image_id]).uniform() < .5 else None
+def worse(kind, level, cohort, seed):
+    "Gaze of a worse recording: `missing` (a fraction of the patients has none), `noise` or `offset` (mm)"
+    im = cohort.images.set_index('image_id')
+    def change(image_id, gaze):
+        r = im.loc[image_id]
+        if kind == 'missing': return gaze if rng_for(seed, kind, r.patient_id).uniform() >= level else None
+        return disturb_gaze(gaze, rng_for(seed, kind, image_id), **{kind: level/r.pixel_spacing_mm})
+    return change
 
-def trained(row, seed, prepared, epochs, folder, gaze=None):
-    "Test predictions and localisation of one training; made once"
+def trained(row, seed, prepared, epochs, folder, spoiled=None):
+    "Test predictions and localisation of one training; made once. `spoiled`: (kind, level) of the gaze of `cross_view_gaze`"
     paths = [folder/f'{row}_{seed}_{k}.parquet' for k in ('said', 'found')]
     if all(p.exists() for p in paths): return tuple(pd.read_parquet(p) for p in paths)
     torch.set_num_threads(1) # one training a core is faster than two threads a training
     seed_everything(seed); start = time.time()
-    if row == 'half_gaze': gaze = half_of(prepared.cohort.images.set_index('image_id').patient_id.to_dict(), seed)
-    dls = two_view_dls(prepared, bs=TRAIN['bs'], seed=seed, augment=Augment(flip=TRAIN['flip']), gaze=gaze or True, gaze_slices=TRAIN['slices'] if row == 'mammonet_scanpath' else 1, device='cpu', in_memory=True)
-    learn = mammonet_learner(dls, 'cross_view_gaze' if row not in ROWS[:-1] else row, 'small', TRAIN['stride'], seed=seed, model_args=NET, **{k: TRAIN[k] for k in ('gaze_weight', 'fusion_weight', 'scan_weight')})
+    gaze = True if spoiled is None else worse(*spoiled, prepared.cohort, seed)
+    dls = two_view_dls(prepared, bs=TRAIN['bs'], seed=seed, augment=Augment(flip=TRAIN['flip']), gaze=gaze, gaze_slices=TRAIN['slices'] if row == 'mammonet_scanpath' else 1, device='cpu', in_memory=True)
+    learn = mammonet_learner(dls, row if spoiled is None else 'cross_view_gaze', 'small', TRAIN['stride'], seed=seed, model_args=NET, **{k: TRAIN[k] for k in ('gaze_weight', 'fusion_weight', 'scan_weight')})
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, TRAIN['lr'])
     out = one_output(predict(learn, prepared, split='test', system='mammonet'), output='probability'), localization_table(attention_maps(learn, prepared, split='test'), prepared)
     folder.mkdir(parents=True, exist_ok=True)
     for p, t in zip(paths, out): t.to_parquet(p.with_suffix('.part')); p.with_suffix('.part').replace(p)
     print(f'  trained {row}, seed {seed}: {time.time()-start:.0f} s, best epoch {learn.keep_best.epoch_of_best+1} of {epochs}', flush=True)
     return out
+
+def folder_of(base, epochs): return base/f'mammonet_{tag(SIZE, NET, TRAIN, epochs)}_{code_hash("mammo_nb.learners.mammonet", "mammo_nb.data.cache")[:12]}'
 
 def called(t): return t.assign(value=(t.value >= .5).astype(float))
 
@@ -87,9 +95,9 @@ def main():
     bench = Bench('mammonet', a.seed, config, f'about {round(a.patients/1000*(6+.55*a.epochs*len(a.train_seeds)/3*len(ROWS)*3/2))} minutes on 2 cores, most of it to train {len(ROWS)*len(a.train_seeds)} models', train_seeds=a.train_seeds)
     if bench.done('half_gaze - cross_view', 'pointing_game'): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
-    folder = base/f'mammonet_{tag(SIZE, NET, TRAIN, a.epochs)}_{code_hash("mammo_nb.learners.mammonet", "mammo_nb.data.cache")[:12]}'
+    folder = folder_of(base, a.epochs)
     jobs = [(r, s) for s in a.train_seeds for r in ROWS]
-    done = dict(zip(jobs, Parallel(n_jobs=cores())(delayed(trained)(r, s, prepared, a.epochs, folder) for r, s in jobs)))
+    done = dict(zip(jobs, Parallel(n_jobs=cores())(delayed(trained)(r, s, prepared, a.epochs, folder, ('missing', .5) if r == 'half_gaze' else None) for r, s in jobs)))
     runs = {r: [done[r, s] for s in a.train_seeds] for r in ROWS}
     for r, each in runs.items():
         for m in METRICS: e = estimate(each, m); bench.add(r, m, e.value, e.low, e.high, n=e.n)
