@@ -81,7 +81,10 @@ def called(t): return t.assign(value=(t.value >= .5).astype(float))
 
 def estimate(a, metric, b=None):
     "A metric of one row of the table, or the paired difference of two"
-    if metric in ('attention_in_lesion', 'pointing_game'): return localization_ci([f for _, f in a], metric, None if b is None else [f for _, f in b])
+    if metric in ('attention_in_lesion', 'pointing_game'):
+        both = None if b is None else set(a[0][1].image_id) & set(b[0][1].image_id)  # a single-view row has the pictures of its view
+        found = lambda r: [f if both is None else f[f.image_id.isin(both)] for _, f in r]
+        return localization_ci(found(a), metric, None if b is None else found(b))
     f, table = (auc, lambda t: t) if metric == 'auc' else (accuracy, called)
     said = lambda r: [table(s) for s, _ in r]
     return bootstrap_ci(said(a), f) if b is None else paired_difference(said(a), said(b), f)
