@@ -69,7 +69,7 @@ def trained(row, seed, prepared, epochs, folder, spoiled=None):
     dls = two_view_dls(prepared, bs=TRAIN['bs'], seed=seed, augment=Augment(flip=TRAIN['flip']), gaze=gaze, gaze_slices=TRAIN['slices'] if row == 'mammonet_scanpath' else 1, device='cpu', in_memory=True)
     learn = mammonet_learner(dls, row if spoiled is None else 'cross_view_gaze', 'small', TRAIN['stride'], seed=seed, model_args=NET, **{k: TRAIN[k] for k in ('gaze_weight', 'fusion_weight', 'scan_weight')})
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, TRAIN['lr'])
-    out = one_output(predict(learn, prepared, split='test', system='mammonet'), output='probability'), localization_table(attention_maps(learn, prepared, split='test'), prepared)
+    out = one_output(predict(learn, prepared, split='test'), output='probability'), localization_table(attention_maps(learn, prepared, split='test'), prepared)
     folder.mkdir(parents=True, exist_ok=True)
     for p, t in zip(paths, out): t.to_parquet(p.with_suffix('.part')); p.with_suffix('.part').replace(p)
     print(f'  trained {row}, seed {seed}: {time.time()-start:.0f} s, best epoch {learn.keep_best.epoch_of_best+1} of {epochs}', flush=True)

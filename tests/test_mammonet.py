@@ -113,11 +113,11 @@ def test_gaze_files_may_vanish(prepared):
     dls = two_view_dls(prepared, bs=4, gaze=True, seed=0)
     learn = mammonet_learner(dls, 'mammonet', **SMALL, seed=0)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
-    before, maps = predict(learn, prepared, split='test', system='mammonet'), attention_maps(learn, prepared, split='test')
+    before, maps = predict(learn, prepared, split='test'), attention_maps(learn, prepared, split='test')
     moved = {prepared.cohort.file(p): prepared.cohort.file(p).read_bytes() for p in prepared.cohort.images.gaze_path}
     try:
         for f in moved: f.unlink()
-        after, again = predict(learn, prepared, split='test', system='mammonet'), attention_maps(learn, prepared, split='test')
+        after, again = predict(learn, prepared, split='test'), attention_maps(learn, prepared, split='test')
     finally:
         for f, b in moved.items(): f.write_bytes(b)
     assert before['value'].tolist() == after['value'].tolist() and all((maps[k] == again[k]).all() for k in maps)
@@ -182,3 +182,16 @@ def test_learner_finds_rates_exports_and_comes_back(prepared, tmp_path):
 def test_gaze_works_in_worker_processes(prepared):
     one, two = (next(iter(two_view_dls(prepared, bs=4, gaze=True, seed=0, augment=None, num_workers=n).valid)) for n in (0, 2))
     assert torch.equal(one[1]['gaze_cc'], two[1]['gaze_cc']) and one[1]['has_gaze'].all()
+
+def test_the_command_takes_a_mammonet(prepared, tmp_path):
+    from mammo_nb.cli.commands import mammo_predict
+    from mammo_nb.learners.two_view import load_model, save_model
+    import pandas as pd
+    learn = mammonet_learner(two_view_dls(prepared, bs=4, gaze=True, seed=0), 'mammonet', **SMALL, seed=0)
+    about = save_model(learn, tmp_path/'m')
+    want = predict(load_model(about), prepared)
+    assert mammo_predict(str(prepared.cohort.root), model=str(about), out=str(tmp_path/'out'), quiet=True) == 0
+    got = pd.read_csv(tmp_path/'out/predictions.csv', dtype=dict(patient_id=str, exam_id=str))
+    both = want.merge(got, on=['patient_id', 'exam_id', 'laterality', 'output'])
+    assert len(both) == len(want) and np.allclose(both.value_x, both.value_y, atol=1e-6) and set(got.system) == {'mammonet'}
+    assert len(list((tmp_path/'out').rglob('*.png'))) == len(want)

@@ -48,9 +48,10 @@ class FusionHead(nn.Module):
         i = self.fuse(torch.cat(p, 1))
         return dict(logit=self.logit(i)[:, 0], fused=i, vectors=p, predicted=[n(i) for n in self.predict])
 
-# %% ../../nbs/models/20_mammonet.ipynb #5dd8b10d
+# %% ../../nbs/models/20_mammonet.ipynb #624e6bdb
 class MammoNet(nn.Module):
     "Two views -> the logit of malignancy, class-activation maps, and what the losses ask for"
+    system = 'mammonet'
     def __init__(self,
         backbone:str='resnet18', # `small` or an encoder of timm whose stages run one after another
         views:tuple=('cc', 'mlo'), # the views that it reads; one of them: the paper's single-view rows

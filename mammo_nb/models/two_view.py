@@ -29,6 +29,7 @@ def make_encoder(
 # %% ../../nbs/models/05_two_view.ipynb #f3554911
 class TwoViewNet(nn.Module):
     "Two views of one breast -> the logit of malignancy, fused and for each view, and their evidence maps"
+    system = 'two_view'
     def __init__(self,
         backbone:str|nn.Module='small', # a name for `make_encoder`, or a module with `channels` and `stride`
         views:tuple=('cc', 'mlo'), # the views that it reads; `('cc',)` or `('mlo',)`: a single-view model
