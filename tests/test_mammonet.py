@@ -35,6 +35,8 @@ def test_fusion_loss_cannot_be_beaten(b):
         loss = bidirectional_fusion_loss(x, x); opt.zero_grad(); loss.backward(); opt.step()
     assert best-1e-5 < float(loss.detach()) < best+.02  # an optimiser comes to the bound from above, and stays there
 
+CASES = [(d, t) for d in ('paper', 'mmim', 'symmetric') for t in (None, (1., 0., 1., 1., 0., 1., 1., 1.), (1., 1., 0., 1., 0., 0., 0., 0.))]  # the last: one process has no such view at all
+
 def _worker(rank, path, out):
     torch.distributed.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
     try:
@@ -42,12 +44,12 @@ def _worker(rank, path, out):
         mine = slice(rank*4, rank*4+4)
         w = w.clone().requires_grad_()
         found = {}
-        for direction in ('paper', 'mmim', 'symmetric'):
-            loss = bidirectional_fusion_loss(p[mine] @ w, q[mine] @ w.T, direction, .3)
+        for direction, there in CASES:
+            loss = bidirectional_fusion_loss(p[mine] @ w, q[mine] @ w.T, direction, .3, there and torch.tensor(there)[mine])
             g, = torch.autograd.grad(loss, w)
             both = torch.stack([loss.detach(), *g.flatten()])
             torch.distributed.all_reduce(both)
-            found[direction] = (both/2).tolist()  # what distributed training does: the mean over the processes
+            found[direction, there] = (both/2).tolist()  # what distributed training does: the mean over the processes
         refused = ''
         try: bidirectional_fusion_loss(p[:3+rank], q[:3+rank])
         except ValueError as e: refused = str(e)
@@ -65,8 +67,10 @@ def test_two_processes_are_one(tmp_path):
     found, refused = out.get(timeout=120)
     for p in ps: p.join(60); assert p.exitcode == 0
     p, q, w = _batch(); w.requires_grad_()
-    for direction, got in found.items():
-        loss = bidirectional_fusion_loss(p @ w, q @ w.T, direction, .3)
+    assert len(found) == len(CASES)
+    for (direction, there), got in found.items():
+        loss = bidirectional_fusion_loss(p @ w, q @ w.T, direction, .3, there and torch.tensor(there))
+        if there: assert torch.isclose(loss, bidirectional_fusion_loss(p[torch.tensor(there) > 0] @ w, q[torch.tensor(there) > 0] @ w.T, direction, .3))
         g, = torch.autograd.grad(loss, w)
         assert np.allclose(got, torch.stack([loss.detach(), *g.flatten()]), atol=1e-5), direction
     assert '[3, 4] breasts on the processes' in refused
@@ -86,7 +90,7 @@ def test_pyramid_loss_in_half_precision_and_with_extreme_units():
     assert torch.isclose(pyramid_loss(h.half(), r, has), want, rtol=2e-2)
 
 @pytest.mark.parametrize('project', [False, True])
-def test_cross_view_attention_swaps_with_the_views(project):
+def test_cross_view_attention_of_nothing_is_the_norm(project):
     seed_everything(0); a = CrossViewAttention(12, 3, 4, project_values=project).eval()
     x, y = torch.randn(2, 12, 6, 5), torch.randn(2, 12, 7, 5)
     assert a(x, y).shape == x.shape and torch.allclose(a.attention_to(x, y, 3).sum((2, 3)), torch.ones(2, 3))
@@ -107,6 +111,23 @@ def test_gradient_cam_of_a_linear_head_is_the_classical_map():
     cam = grad_cam(head(F.adaptive_avg_pool2d(f, 1).flatten(1))[:, 0], f)
     assert torch.allclose(cam*30, torch.einsum('c,bchw->bhw', head.weight[0], f), atol=1e-5)
 
+@pytest.mark.parametrize('shared', [False, True])
+def test_views_are_exchanged_before_either_changes(shared):
+    seed_everything(0); net = MammoNet('small', stride=8, width=8, heads=2, head_dim=8, shared=shared).eval()
+    if not shared: net.first[1], net.attend[1], net.last[1] = net.first[0], net.attend[0], net.last[0]
+    a, b = torch.rand(2, 1, 64, 48), torch.rand(2, 1, 64, 48)
+    with torch.no_grad(): (f, g), (h, i) = (net.features(dict(image_cc=x, image_mlo=y))[0] for x, y in ((a, b), (b, a)))
+    assert torch.allclose(f, i, atol=1e-5) and torch.allclose(g, h, atol=1e-5) and not torch.allclose(f, g, atol=1e-3)
+
+def test_the_gaze_term_survives_half_precision():
+    seed_everything(0); net = MammoNet('small', stride=8).train()
+    with torch.autocast('cpu', torch.float16):
+        out = net(dict(image_cc=torch.rand(2, 1, 96, 72), image_mlo=torch.rand(2, 1, 96, 72)))
+        loss = MammoNetLoss().terms(out, dict(label=torch.tensor([1., 0]), gaze_cc=torch.rand(2, 1, 12, 9), gaze_mlo=torch.rand(2, 1, 12, 9), has_gaze=torch.ones(2, 2)))['gaze']
+    assert out['logit'].dtype == out['cam_cc'].dtype == torch.float32
+    (loss*2**7).backward()  # a gradient scaler begins at 2**16 and comes down to this; BF16 needs none
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
 # -- gaze is for training only (5)
 
 def test_gaze_files_may_vanish(prepared):
@@ -123,17 +144,16 @@ def test_gaze_files_may_vanish(prepared):
     assert before['value'].tolist() == after['value'].tolist() and all((maps[k] == again[k]).all() for k in maps)
 
 def test_a_breast_without_gaze_teaches_by_its_label_only(prepared):
-    off = {prepared.cohort.images.image_id[0]}
     full, part = (TwoViewDataset(prepared, two_view_dls(prepared, bs=4, gaze=True).train_ds.rows, gaze=g) for g in (True, lambda i, g: None))
     seed_everything(0); net = MammoNet('small', stride=8, width=8, embed=16, hidden=8, heads=2, head_dim=8, dropout=0.).eval()
     batch = lambda ds: tuple({k: torch.stack([s[j][k] for s in (ds[0], ds[1], ds[2])]) for k in ds[0][j]} for j in range(2))
     def grads(loss, ds):
         x, y = batch(ds); net.zero_grad(); loss(net(x), y).backward()
-        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
-    same = zip(grads(MammoNetLoss(.5, 0), part), grads(MammoNetLoss(0, 0), part))
-    assert all(torch.equal(a, b) for a, b in same)
-    assert any(not torch.equal(a, b) for a, b in zip(grads(MammoNetLoss(.5, 0), full), grads(MammoNetLoss(0, 0), full)))
-    assert off
+        return {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
+    a, b = grads(MammoNetLoss(.5, 0), part), grads(MammoNetLoss(0, 0), part)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = grads(MammoNetLoss(.5, 0), full), grads(MammoNetLoss(0, 0), full)
+    assert a.keys() == b.keys() and any(not torch.equal(a[k], b[k]) for k in a)
 
 def test_the_augmented_gaze_is_where_the_augmented_lesion_is(prepared):
     "A bright spot and a look at it go through the same movement"

@@ -26,13 +26,14 @@ from ..losses.mammonet import MammoNetLoss
 from ..metrics.bootstrap import auc
 from ..models.mammonet import MammoNet
 
-# %% ../../nbs/learners/20_mammonet.ipynb #82fdf049
+# %% ../../nbs/learners/20_mammonet.ipynb #fe67ea34
 VARIANTS = dict(cc=dict(views=('cc',)), mlo=dict(views=('mlo',)), cross_view=dict(), cross_view_bfl=dict(fusion=True), cross_view_gaze=dict(gaze=True),
                 mammonet=dict(fusion=True, gaze=True), mammonet_scanpath=dict(fusion=True, gaze=True, scan=True))
 
 def _check_gaze(ds, variant, gaze_weight, scan_weight):
     if not (gaze_weight or scan_weight): return
-    if not ds.gaze or not ds.gaze_paths: raise InputError('mammonet_learner', f'gaze for {variant}', 'none' if ds.gaze else 'loaders that read none', 'two_view_dls(..., gaze=True) of a cohort with gaze, or a variant without: cc, mlo, cross_view, cross_view_bfl')
+    read = sum(isinstance(i, str) and i in ds.gaze_paths for i in ds.ids.ravel())
+    if not ds.gaze or not read: raise InputError('mammonet_learner', f'gaze for {variant}', 'no training picture with gaze' if ds.gaze else 'loaders that read none', 'two_view_dls(..., gaze=True) of a cohort with gaze, or a variant without: cc, mlo, cross_view, cross_view_bfl')
     if scan_weight and ds.gaze_slices < 2: raise InputError('mammonet_learner', 'gaze_slices', ds.gaze_slices, 'two_view_dls(..., gaze_slices=K) with K of 2 or more, for the order of the looks')
 
 @delegates(Learner.__init__)
@@ -52,7 +53,7 @@ def mammonet_learner(
     seed:int|None=None, # of weights and training; `None`: the global generators as they are
     lr:float=1e-4, # default learning rate
     metrics=None, # of the validation set; `None`: AUC
-    keep_best:bool=True, # end with the epoch of the best validation AUC
+    keep_best:bool=True, # end with the epoch of the best validation AUC; with metrics of your own put `KeepBest` into `cbs`
     cbs=None, # further callbacks
     **kwargs # go to `Learner`
 )->Learner: # ready for `fit` or `fit_one_cycle`
@@ -61,6 +62,7 @@ def mammonet_learner(
     lam, mu, scan = (w*v.get(k, False) for k, w in (('gaze', gaze_weight), ('fusion', fusion_weight), ('scan', scan_weight)))
     _check_gaze(dls.train_ds, variant, lam, scan)
     if seed is not None: seed_everything(seed)
+    if model is not None and tuple(model.views) != tuple(v.get('views', VIEW_NAMES)): raise InputError('mammonet_learner', 'model.views', model.views, f'{v.get("views", VIEW_NAMES)}, the views of {variant}')
     if model is None: model = MammoNet(backbone, v.get('views', VIEW_NAMES), stride=stride, pretrained=pretrained, slices=dls.train_ds.gaze_slices if scan else 0, **(model_args or {}))
     model = model.to(memory_format=torch.channels_last)
     model.description = dict(training=getattr(dls, 'description', None), variant=variant)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
 
-# %% ../../nbs/losses/10_contrastive.ipynb #5db1f468
+# %% ../../nbs/losses/10_contrastive.ipynb #6b9a790b
 def _everybody(x):
     "The rows of all processes with their gradients, and where ours begin"
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return x, 0
@@ -21,23 +21,25 @@ def _everybody(x):
     if len({int(s) for s in sizes}) > 1: raise InputError('bidirectional_fusion_loss', 'batch', f'{[int(s) for s in sizes]} breasts on the processes', 'as many on each (drop_last=True)')
     return torch.cat(all_gather(x.contiguous())), dist.get_rank()*len(x)
 
-def _ask(given, answers, temperature):
-    "Cross-entropy of: which of all the answers belongs to what is given?"
-    everybody, start = _everybody(answers)
-    return F.cross_entropy(given @ everybody.T/temperature, torch.arange(len(given), device=given.device)+start)
+def _ask(given, answers, there, temperature):
+    "Cross-entropy of: which of all the answers belongs to what is given? Those that are not there neither ask nor answer"
+    (everybody, start), (seen, _) = _everybody(answers), _everybody(there)
+    logits = (given @ everybody.T/temperature).masked_fill(seen[None] <= 0, -torch.inf)
+    logits = torch.where(there[:, None] > 0, logits, 0.)
+    each = F.cross_entropy(logits, torch.arange(len(given), device=given.device)+start, reduction='none')*(there > 0)
+    return each.sum()*(len(seen)//max(len(there), 1))/(seen > 0).sum().clamp(min=1)  # the mean over the processes is the mean over all
 
 def bidirectional_fusion_loss(
     view:Tensor, # [B,D] representations of a view, p_v
     predicted:Tensor, # [B,D] what the fused vectors predict of them, N_v(I)
     direction:str='paper', # `paper`, `mmim` or `symmetric`
     temperature:float=1., # tau
-    there:Tensor|None=None # [B] 1 where the view exists; `None`: everywhere; one process only
+    there:Tensor|None=None # [B] 1 where the view exists; `None`: everywhere
 )->Tensor: # scalar; 0 for a single breast
     "Does the fused vector remember the view? (Mammo-Net, Eq. 5-7)"
     check_in(direction, ('paper', 'mmim', 'symmetric'), 'bidirectional_fusion_loss', 'direction'); check_range(temperature, 1e-6, None, 'bidirectional_fusion_loss', 'temperature')
     if view.shape != predicted.shape or view.dim() != 2: raise InputError('bidirectional_fusion_loss', 'shapes', f'{list(view.shape)}, {list(predicted.shape)}', 'two of [B,D]')
-    if there is not None and not bool((there > 0).all()): view, predicted = view[there > 0], predicted[there > 0]
-    if not len(view): return (view.sum()+predicted.sum())*0
+    there = view.new_ones(len(view)) if there is None else there.to(view.device, torch.float32)
     p, q = F.normalize(view.float(), dim=1), F.normalize(predicted.float(), dim=1)
-    terms = [_ask(*o, temperature) for o, d in (((q, p), 'paper'), ((p, q), 'mmim')) if direction in (d, 'symmetric')]
+    terms = [_ask(*o, there, temperature) for o, d in (((q, p), 'paper'), ((p, q), 'mmim')) if direction in (d, 'symmetric')]
     return sum(terms)/len(terms)

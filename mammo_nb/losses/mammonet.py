@@ -40,7 +40,7 @@ class MammoNetLoss(nn.Module):
         weight = dict(bce=1., gaze=self.gaze_weight, fusion=self.fusion_weight, scan=self.scan_weight)
         return sum(weight[k]*v for k, v in self.terms(pred, targets).items())
 
-# %% ../../nbs/losses/15_mammonet.ipynb #f0a16abe
+# %% ../../nbs/losses/15_mammonet.ipynb #5d8051c5
 def _views(pred): return [(i, v) for i, v in enumerate(('cc', 'mlo')) if f'cam_{v}' in pred]
 
 @patch
@@ -66,7 +66,7 @@ def terms(self:MammoNetLoss,
     y, z = targets['label'], pred['logit']
     there = y.isfinite() & z.isfinite()
     zz, yy = (torch.where(there, o.float(), 0.) for o in (z, y))
-    each = F.binary_cross_entropy_with_logits(zz, yy, pos_weight=self.w, reduction='none')*there
+    each = F.binary_cross_entropy_with_logits(zz+self.w.log(), yy, pos_weight=self.w, reduction='none')*there
     out = dict(bce=each.sum()/there.sum().clamp(min=1))
     gaze = lambda: torch.cat([targets[f'gaze_{v}'] for _, v in _views(pred)])
     if self.gaze_weight:

@@ -84,7 +84,7 @@ class MammoNet(nn.Module):
 
     def of(self, parts, i): return parts[i if len(parts) > 1 else 0]  # the part of view i, shared or not
 
-# %% ../../nbs/models/20_mammonet.ipynb #119e3229
+# %% ../../nbs/models/20_mammonet.ipynb #c8abd20d
 @patch
 def features(self:MammoNet,
     inputs:dict # see `forward`
@@ -105,8 +105,8 @@ def forward(self:MammoNet,
     "Read the views that are there"
     maps, there = self.features(inputs)
     graph = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():  # the maps' gradient, also where nothing else has one
-        leaves, there = [m if m.requires_grad else m.detach().clone().requires_grad_() for m in maps], there.clone()
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(maps[0].device.type, enabled=False):  # the maps' gradient, also where nothing else has one; small numbers: always in 32 bits
+        leaves, there = [m.float() if m.requires_grad else m.detach().float().clone().requires_grad_() for m in maps], there.clone()
         out = self.head(leaves, there)
         cams = grad_cam(out['logit'], leaves, self.create_graph and graph)
     out |= {f'cam_{v}': c*t.view(-1, 1, 1).to(c.dtype) for v, c, t in zip(self.views, cams, there)} | dict(present=there)
