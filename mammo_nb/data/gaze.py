@@ -86,7 +86,7 @@ def read_tobii(
     keep = np.isfinite(ms)
     return pd.DataFrame(dict(time_ms=ms-ms[keep].min() if keep.any() else ms, x=xy[:, 0], y=xy[:, 1]))[keep].drop_duplicates('time_ms').sort_values('time_ms', ignore_index=True)
 
-# %% ../../nbs/data/19_gaze.ipynb #006056e3
+# %% ../../nbs/data/19_gaze.ipynb #064a2488
 @dataclass(frozen=True)
 class Window:
     "What the screen shows, from a moment on"
@@ -99,6 +99,7 @@ class Window:
         for k in ('screen', 'image'):
             b = np.asarray(getattr(self, k), float)
             if b.shape != (4,) or not np.isfinite(b).all() or b[0] == b[2] or b[1] == b[3]: raise InputError('Window', k, getattr(self, k), 'four numbers xmin, ymin, xmax, ymax that enclose an area')
+        if self.screen[0] > self.screen[2] or self.screen[1] > self.screen[3]: raise InputError('Window', 'screen', self.screen, 'xmin < xmax and ymin < ymax; to mirror, turn `image` round')
     @property
     def zoom(self): "Pixels of the screen a pixel of the picture"; return abs((self.screen[2]-self.screen[0])/(self.image[2]-self.image[0]))
 
@@ -127,7 +128,7 @@ def pixels_per_degree(
     for k, v in dict(distance_mm=distance_mm, screen_pitch_mm=screen_pitch_mm, zoom=zoom).items(): check_range(v, 1e-9, None, 'pixels_per_degree', k)
     return float(2*np.tan(np.pi/360)*distance_mm/screen_pitch_mm/zoom)
 
-# %% ../../nbs/data/19_gaze.ipynb #8ff45ca1
+# %% ../../nbs/data/19_gaze.ipynb #005f6c84
 def _interval(t):
     "Time between two samples, ms"
     d = np.diff(t)
@@ -135,9 +136,9 @@ def _interval(t):
 
 def _by_dispersion(p, breaks, spread, least):
     "Runs [a,b) of samples that fit a box, longest first possible from the left"
-    a, n = 0, len(p)
+    a, n, ends = 0, len(p), np.append(np.flatnonzero(breaks), len(p))
     while a < n:
-        stop = next((i for i in range(a+1, n) if breaks[i]), n)  # a fixation does not span a gap
+        stop = ends[np.searchsorted(ends, a, side='right')]  # a fixation does not span a gap
         lo, hi, b = p[a].copy(), p[a].copy(), a+1
         while b < stop:
             l, h = np.minimum(lo, p[b]), np.maximum(hi, p[b])
