@@ -4,12 +4,22 @@ A benchmark is a script `benchmarks/<name>.py` with `--seed N`; it prints what i
 rows to `benchmarks/results/<name>.csv`, each as soon as it is known. Asked again, it leaves out the rows that are there
 already for the same seed, configuration and commit.
 """
-import csv, datetime, hashlib, json, os, platform, resource, subprocess, sys, time
+import argparse, csv, datetime, hashlib, json, os, platform, resource, subprocess, sys, time
 from pathlib import Path
 
 COLUMNS = ('bench', 'variant', 'metric', 'value', 'ci_low', 'ci_high', 'n', 'data_seed', 'train_seeds', 'config', 'seconds', 'peak_gib', 'machine', 'commit', 'date')
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT/'benchmarks'/'results'
+
+def options(doc,
+    **defaults # option -> its default, or (default, help); a list takes several
+):
+    "The command line of a benchmark: `--seed` of the patients, and whole numbers"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for k, v in dict(seed=(0, 'of the patients'), **defaults).items():
+        v, text = v if isinstance(v, tuple) else (v, None)
+        p.add_argument(f'--{k.replace("_", "-")}', type=int, default=v, help=text, **(dict(nargs='+') if isinstance(v, list) else {}))
+    return p.parse_args()
 
 def cores():
     "Cores this process may use"

@@ -1,30 +1,22 @@
 """How good must gaze be? Noise, offset and missing recordings: `make bench NAME=gaze SEED=0`.
 
 The patients, the network and the recipe of `mammonet`, row `cross_view_gaze`, with gaze made worse in training: every place thrown about
-(`noise`, standard deviation in mm), every picture's places shifted by a distance in a random direction (`offset`, mm: a calibration
+(`noise` of each fixation, standard deviation in mm), every picture's fixations shifted by a distance in a random direction (`offset`, mm: a calibration
 that is off), or no gaze at all for a fraction of the patients (`missing`). One training a level and training seed; beside them the
 network without gaze and with all of it. Trainings that `mammonet` has finished are used again.
 """
-import argparse, sys
+import sys
 from pathlib import Path
 from joblib import Parallel, delayed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._common import Bench, cores
+from benchmarks._common import Bench, cores, options
 from benchmarks.mammonet import METRICS, NET, SIZE, TRAIN, estimate, folder_of, in_silico, trained
 from mammo_nb.data.insilico import Settings, settings_name
 
 LEVELS = dict(noise=(5, 10, 20), offset=(5, 10, 20), missing=(.5, .75, .9))
 
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seed', type=int, default=0, help='of the patients')
-    p.add_argument('--patients', type=int, default=1000)
-    p.add_argument('--epochs', type=int, default=6)
-    p.add_argument('--train-seeds', type=int, nargs='+', default=[0])
-    return p.parse_args()
-
 def main():
-    a = arguments()
+    a = options(__doc__, patients=1000, epochs=6, train_seeds=[0])
     rows = {'cross_view': None, 'cross_view_gaze': None} | {f'{k}_{v:g}': (k, v) for k, vs in LEVELS.items() for v in vs}
     config = dict(cohort=settings_name(Settings(seed=a.seed, exams=1, shortcut=True)), patients=a.patients, size=SIZE, epochs=a.epochs, net=NET, train=TRAIN)
     bench = Bench('gaze', a.seed, config, f'about {round(a.patients/1000*(6+.33*a.epochs*len(rows)*len(a.train_seeds)))} minutes on 2 cores, less where `mammonet` has been run', train_seeds=a.train_seeds)

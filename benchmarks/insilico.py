@@ -8,13 +8,13 @@ patients of data seed 1000, which no row of the results is measured on.
 
 Predictions of finished trainings are kept below `.cache/`, so a stopped run goes on where it was.
 """
-import argparse, sys, time
+import sys, time
 from pathlib import Path
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._common import Bench, ROOT, cores
+from benchmarks._common import Bench, ROOT, cores, options
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.cache import prepare_cohort
 from mammo_nb.data.insilico import Settings, insilico_cohort, settings_name, write_insilico
@@ -28,14 +28,6 @@ from mammo_nb.report.stages import code_hash
 
 FLIP = .5 # only the lesion matters here, see `Augment`
 VIEWS = dict(cc=('cc',), mlo=('mlo',), two_view=('cc', 'mlo'))
-
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seed', type=int, default=0, help='of the patients')
-    p.add_argument('--patients', type=int, default=1600)
-    p.add_argument('--epochs', type=int, default=10)
-    p.add_argument('--train-seeds', type=int, nargs='+', default=[0, 1, 2])
-    return p.parse_args()
 
 def trained(name, seed, prepared, epochs, folder):
     "Predictions of one training on validation and test patients; made once"
@@ -57,7 +49,7 @@ def called(t):
     return test.assign(value=(test.value >= th.value).astype(float))
 
 def main():
-    a = arguments()
+    a = options(__doc__, patients=1600, epochs=10, train_seeds=[0, 1, 2])
     size, name = (192, 144), settings_name(Settings(seed=a.seed, exams=1))
     config = dict(cohort=name, patients=a.patients, size=size, epochs=a.epochs, flip=FLIP)
     bench = Bench('insilico', a.seed, config, f'about {round(a.patients/1600*(6+2.5*a.epochs*len(a.train_seeds)/3))} minutes on 2 cores, most of it to train {3*len(a.train_seeds)} models', train_seeds=a.train_seeds)

@@ -10,13 +10,13 @@ which no row of the results is measured on.
 
 What is finished is kept below `.cache/`, so a stopped run goes on where it was.
 """
-import argparse, sys, time
+import sys, time
 from functools import partial
 from pathlib import Path
 import pandas as pd, torch
 from joblib import Parallel, delayed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._common import Bench, cores, tag
+from benchmarks._common import Bench, cores, options, tag
 from benchmarks.registration import LOSS, NET, REFINE, SIZE, in_silico, trained as trained_registration
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.insilico import Settings, settings_name
@@ -35,16 +35,6 @@ YEARS = range(1, 6)
 LMV = dict(width=16, stride=4, token_pool=2, dropout=0., weight_dropout=0., drop_path=.1, prior_dropout=.2)
 SAMPLES = dict(bs=16, augment=dict(flip=.5), wd=.01, encoder_rate=.3, dropout=.1)
 RATE = dict(current_exam=3e-3, density=1e-2, lmvnet=1e-3, unaligned=1e-3)
-
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seed', type=int, default=0, help='of the patients')
-    p.add_argument('--patients', type=int, default=1200)
-    p.add_argument('--epochs', type=int, default=4, help='of lmvnet and unaligned')
-    p.add_argument('--first-epochs', type=int, default=10, help='of current_exam')
-    p.add_argument('--registration-epochs', type=int, default=2)
-    p.add_argument('--train-seeds', type=int, nargs='+', default=[0, 1, 2])
-    return p.parse_args()
 
 def loaders(prepared, rows, flows, seed):
     dls = risk_dls(prepared, bs=SAMPLES['bs'], rows=rows, augment=RiskAugment(**SAMPLES['augment']), seed=seed, device='cpu', in_memory=True)
@@ -99,7 +89,7 @@ def estimate(tables, metric, other=None):
     return bootstrap_ci(tables, f, columns=columns) if other is None else paired_difference(tables, other, f, columns=columns)
 
 def main():
-    a = arguments()
+    a = options(__doc__, patients=1200, epochs=(4, 'of lmvnet and unaligned'), first_epochs=(10, 'of current_exam'), registration_epochs=2, train_seeds=[0, 1, 2])
     config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=[a.first_epochs, a.epochs, a.registration_epochs], rates=RATE, net=NET, loss=LOSS, refine=REFINE, samples=SAMPLES, **LMV)
     bench = Bench('lmvnet', a.seed, config, f'about {round(a.patients/1200*(15+4*a.registration_epochs+len(a.train_seeds)*(.7*a.first_epochs/2+2*a.epochs)))} minutes on 2 cores, most of it to train {3*len(a.train_seeds)} models', train_seeds=a.train_seeds)
     if bench.done('lmvnet_no_prior - current_exam', 'c_index'): return print('  all rows are there already, for this commit and these settings')

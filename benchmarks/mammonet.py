@@ -10,15 +10,15 @@ the results is measured on.
 
 What is finished is kept below `.cache/`, so a stopped run goes on where it was.
 """
-import argparse, sys, time
+import sys, time
 from pathlib import Path
 import pandas as pd, torch
 from joblib import Parallel, delayed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._common import Bench, ROOT, cores, tag
+from benchmarks._common import Bench, ROOT, cores, options, tag
 from mammo_nb.core.seeding import rng_for, seed_everything
 from mammo_nb.data.cache import prepare_cohort
-from mammo_nb.data.gaze import disturb_gaze
+from mammo_nb.data.gaze import disturb_gaze, find_fixations
 from mammo_nb.data.insilico import Settings, insilico_cohort, settings_name, write_insilico
 from mammo_nb.data.prepare import PrepareConfig
 from mammo_nb.data.samples import Augment, two_view_dls
@@ -33,15 +33,8 @@ from mammo_nb.report.stages import code_hash
 SIZE = (192, 144)
 NET = dict(width=16, dense=True, pool='peak', shared=True, heads=4, head_dim=16, source_pool=2, create_graph=True)
 TRAIN = dict(stride=16, bs=16, flip=.5, lr=3e-3, gaze_weight=1.5, fusion_weight=.2, scan_weight=.1, slices=4)
+PER_DEGREE = 20 # stored pixels a degree of vision of the in-silico reader
 ROWS = ('cc', 'mlo', 'cross_view', 'cross_view_bfl', 'cross_view_gaze', 'mammonet', 'mammonet_scanpath', 'half_gaze')
-
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seed', type=int, default=0, help='of the patients')
-    p.add_argument('--patients', type=int, default=1000)
-    p.add_argument('--epochs', type=int, default=6)
-    p.add_argument('--train-seeds', type=int, nargs='+', default=[0, 1, 2])
-    return p.parse_args()
 
 def in_silico(patients, seed):
     "The patients with the shortcut, written and prepared once; their folder"
@@ -56,7 +49,8 @@ def worse(kind, level, cohort, seed):
     def change(image_id, gaze):
         r = im.loc[image_id]
         if kind == 'missing': return gaze if rng_for(seed, kind, r.patient_id).uniform() >= level else None
-        return disturb_gaze(gaze, rng_for(seed, kind, image_id), **{kind: level/r.pixel_spacing_mm})
+        looks = find_fixations(gaze.assign(time_ms=gaze.duration_ms.cumsum()), per_degree=PER_DEGREE) # noise of single points, 60 a second, would only widen the blur
+        return disturb_gaze(looks, rng_for(seed, kind, image_id), **{kind: level/r.pixel_spacing_mm})
     return change
 
 def trained(row, seed, prepared, epochs, folder, spoiled=None):
@@ -92,11 +86,11 @@ def estimate(a, metric, b=None):
 METRICS = ('auc', 'acc', 'attention_in_lesion', 'pointing_game')
 
 def main():
-    a = arguments()
+    a = options(__doc__, patients=1000, epochs=6, train_seeds=[0, 1, 2])
     name = settings_name(Settings(seed=a.seed, exams=1, shortcut=True))
     config = dict(cohort=name, patients=a.patients, size=SIZE, epochs=a.epochs, net=NET, train=TRAIN)
     bench = Bench('mammonet', a.seed, config, f'about {round(a.patients/1000*(6+.55*a.epochs*len(a.train_seeds)/3*len(ROWS)*3/2))} minutes on 2 cores, most of it to train {len(ROWS)*len(a.train_seeds)} models', train_seeds=a.train_seeds)
-    if bench.done('half_gaze - cross_view', 'pointing_game'): return print('  all rows are there already, for this commit and these settings')
+    if bench.done('half_gaze - half_gain', 'pointing_game'): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
     folder = folder_of(base, a.epochs)
     jobs = [(r, s) for s in a.train_seeds for r in ROWS]
@@ -104,8 +98,10 @@ def main():
     runs = {r: [done[r, s] for s in a.train_seeds] for r in ROWS}
     for r, each in runs.items():
         for m in METRICS: e = estimate(each, m); bench.add(r, m, e.value, e.low, e.high, n=e.n)
+    gain = [*runs['cross_view'], *runs['cross_view_gaze']] # their mean is half of the gain above the row without gaze
     best = max(('cc', 'mlo'), key=lambda v: bootstrap_ci([s for s, _ in runs[v]], auc, n_boot=10).value)
     for x, y, text in (('cross_view', best, 'best_single'), ('cross_view_bfl', 'cross_view', None), ('cross_view_gaze', 'cross_view', None), ('mammonet', 'cross_view_gaze', None), ('mammonet_scanpath', 'mammonet', None), ('half_gaze', 'cross_view', None)):
         for m in METRICS: e = estimate(runs[x], m, runs[y]); bench.add(f'{x} - {text or y}', m, e.value, e.low, e.high, n=e.n)
+    for m in METRICS: e = estimate(runs['half_gaze'], m, gain); bench.add('half_gaze - half_gain', m, e.value, e.low, e.high, n=e.n)
 
 if __name__ == '__main__': main()

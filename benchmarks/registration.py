@@ -10,12 +10,12 @@ slower and twice as far off on the patients of data seed 1000. The recipe was ch
 each pair, on a coarse grid and pictures of half the size (`Refined`).
 The trained network is kept below `.cache/`, so a stopped run goes on where it was.
 """
-import argparse, sys
+import sys
 from pathlib import Path
 import numpy as np
 import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._common import Bench, ROOT, cores, tag
+from benchmarks._common import Bench, ROOT, cores, options, tag
 from mammo_nb.data.cache import prepare_cohort
 from mammo_nb.data.insilico import Settings, insilico_cohort, settings_name, write_insilico
 from mammo_nb.data.pairs import PairDataset, exam_pairs, pair_dls
@@ -29,14 +29,6 @@ SIZE = (192, 144)
 NET = dict(depth=2, shrink=2, finest=1)
 LOSS = dict(window=15, smooth=.1)
 REFINE = dict(steps=10, lr=.6, stride=32, average=33, shrink=2, window=5)
-
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seed', type=int, default=0, help='of the patients')
-    p.add_argument('--patients', type=int, default=1200)
-    p.add_argument('--epochs', type=int, default=2)
-    p.add_argument('--pairs', type=int, default=100)
-    return p.parse_args()
 
 def in_silico(patients, seed):
     "Prepared patients with two exams, and the folder that they are in; made once"
@@ -65,7 +57,7 @@ def unseen(prepared, n):
     return PairDataset(prepared, rows.loc[[r.name for r in each]], known=True)
 
 def main():
-    a = arguments()
+    a = options(__doc__, patients=1200, epochs=2, pairs=100)
     config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=a.epochs, pairs=a.pairs, net=NET, loss=LOSS, refine=REFINE)
     bench = Bench('registration', a.seed, config, f'about {round(3+a.patients/1200*(9+3*a.epochs))} minutes on 2 cores, most of it to draw the patients and to train', train_seeds=(0,))
     if bench.done('mammoregnet_refined - simpleitk', 'tre_mm'): return print('  all rows are there already, for this commit and these settings')

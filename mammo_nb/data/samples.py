@@ -6,7 +6,7 @@
 __all__ = ['VIEW_NAMES', 'Sample', 'TwoViewInputs', 'TwoViewTargets', 'TwoViewDataset', 'random_moves', 'move', 'upside_down',
            'Augment', 'Retype', 'SampleDL', 'labelled_rows', 'no_shared_patient', 'sample_dls', 'two_view_dls']
 
-# %% ../../nbs/data/30_samples.ipynb #45a94846
+# %% ../../nbs/data/30_samples.ipynb #b7fb89bb
 import hashlib, json, random
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
@@ -35,7 +35,7 @@ class TwoViewInputs(Sample):
 class TwoViewTargets(Sample):
     "What a two-view model should say: `label`, `gaze_cc`, `gaze_mlo`, `has_gaze`"
 
-# %% ../../nbs/data/30_samples.ipynb #b01e120a
+# %% ../../nbs/data/30_samples.ipynb #a25d692a
 VIEW_NAMES = ('cc', 'mlo')
 
 @patch
@@ -71,7 +71,7 @@ def show(self:TwoViewTargets,
         ctx.contour((k+xs)*w, ys*h, g, levels=(.25, .6), colors='gold', linewidths=.7)
     return ctx
 
-# %% ../../nbs/data/30_samples.ipynb #403eacf5
+# %% ../../nbs/data/30_samples.ipynb #c27e120b
 class TwoViewDataset:
     "Breasts of a prepared cohort as `(TwoViewInputs, TwoViewTargets)`"
     n_inp = 1
@@ -82,6 +82,7 @@ class TwoViewDataset:
         gaze_stride:int=8, # prepared pixels a cell of the gaze map
         gaze_sigma:float=6., # width of its blur, mm
         gaze_slices:int=1, # parts of a reading, a channel each
+        gaze_shown_rows:int|None=None, # how high a recorder showed the pictures, see `data.gaze.miceye_samples`; `None`: gaze is in stored pixels
         in_memory:bool|str='auto', # keep the pictures: `True`, `False`, or `'auto'`: up to 1 GiB
         split_idx:int=1 # 0 for training: only then is anything augmented
     ):
@@ -90,21 +91,23 @@ class TwoViewDataset:
         ids = ids.where(ids.isin(list(prepared.keys)), None)
         keep = ids.notna().any(axis=1).to_numpy()
         self.rows, self.ids = rows[keep].reset_index(drop=True), ids[keep].to_numpy(dtype=object)
-        store_attr('prepared,gaze,gaze_stride,gaze_sigma,gaze_slices,split_idx')
+        store_attr('prepared,gaze,gaze_stride,gaze_sigma,gaze_slices,gaze_shown_rows,split_idx')
         self.size, self.kept, self.gazes = tuple(prepared.config.size), {}, {}
-        self.gaze_paths = prepared.cohort.images.set_index('image_id').gaze_path.dropna().to_dict() if gaze else {}
-        few = 4*np.prod(self.size)*pd.notna(self.ids).sum() <= 2**30
-        if in_memory is True or (in_memory == 'auto' and few): self.kept = {i:self.image(i) for i in self.ids.ravel() if isinstance(i, str)}
+        used = [i for i in self.ids.ravel() if isinstance(i, str)]
+        if in_memory is True or (in_memory == 'auto' and 4*np.prod(self.size)*len(used) <= 2**30): self.kept = {i:self.image(i) for i in used}
+        if gaze:  # drawn here, once, so that no worker and no epoch does it again and a bad file is told at once
+            of = prepared.cohort.images.set_index('image_id').loc[used].dropna(subset='gaze_path')
+            self.gazes = {i:self.draw_gaze(i, p, path) for i,p,path in zip(of.index, of.gaze_path, of.path)}
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'TwoViewDataset: {len(self)} breasts, {int((self.rows.label == 1).sum())} with cancer, {self.size[0]} x {self.size[1]}'
     def new_empty(self): return TwoViewDataset.__new__(TwoViewDataset)._set(self)
     def _set(self, o):
         "Everything but pictures and rows: what an exported learner keeps"
-        self.__dict__.update(o.__dict__, prepared=None, rows=o.rows[:0], ids=o.ids[:0], kept={}, gazes={}, gaze_paths={}, gaze=False)
+        self.__dict__.update(o.__dict__, prepared=None, rows=o.rows[:0], ids=o.ids[:0], kept={}, gazes={}, gaze=False)
         return self
 
-# %% ../../nbs/data/30_samples.ipynb #442980cb
+# %% ../../nbs/data/30_samples.ipynb #d3fc589d
 @patch
 def image(self:TwoViewDataset,
     image_id:str|None # of the images table; `None`: a missing view
@@ -114,25 +117,24 @@ def image(self:TwoViewDataset,
     return self.kept[image_id] if image_id in self.kept else torch.from_numpy(np.ascontiguousarray(self.prepared.load(image_id).image))
 
 @patch
-def gaze_of(self:TwoViewDataset,
-    image_id:str|None # of the images table; `None`: a missing view
+def draw_gaze(self:TwoViewDataset,
+    image_id:str, # of the images table
+    gaze_path:str, # the gaze of this picture
+    path:str # the picture, as the table names it
 )->Tensor|None: # [slices,h,w], largest value of their sum 1, or `None` where nobody looked
-    "The gaze map of a picture; drawn once"
-    if image_id not in self.gaze_paths: return None
-    if image_id in self.gazes: return self.gazes[image_id]
-    g, pic, m = read_gaze(self.prepared.cohort.file(self.gaze_paths[image_id])), self.prepared.load(image_id), None
+    "The gaze map of a picture"
+    pic = self.prepared.load(image_id)
+    g = read_gaze(self.prepared.cohort.file(gaze_path), shown_rows=self.gaze_shown_rows, shape=pic.stored_shape, image=path)
     if callable(self.gaze): g = self.gaze(image_id, g)
-    if g is not None:
-        if not pic.spacing_mm: raise InputError(image_id, 'pixel spacing', pic.spacing_mm, 'a spacing: the width of the gaze blur is in mm')
-        m, seen = gaze_to_heatmap(pic.points(g[['row', 'col']]), g.duration_ms, self.size, sigma_mm=self.gaze_sigma, pixel_spacing_mm=pic.spacing_mm, stride=self.gaze_stride, slices=self.gaze_slices)
-        m = torch.from_numpy(m) if seen else None
-    self.gazes[image_id] = m
-    return m
+    if g is None: return None
+    if not pic.spacing_mm: raise InputError(image_id, 'pixel spacing', pic.spacing_mm, 'a spacing: the width of the gaze blur is in mm')
+    m, seen = gaze_to_heatmap(pic.points(g[['row', 'col']]), g.duration_ms, self.size, sigma_mm=self.gaze_sigma, pixel_spacing_mm=pic.spacing_mm, stride=self.gaze_stride, slices=self.gaze_slices)
+    return torch.from_numpy(m) if seen else None
 
 @patch
 def __getitem__(self:TwoViewDataset, i:int):
     ids, blank = dict(zip(VIEW_NAMES, self.ids[i])), torch.zeros(self.gaze_slices, *(-(-n//self.gaze_stride) for n in self.size))
-    gaze = {v:self.gaze_of(j) for v,j in ids.items()}
+    gaze = {v:self.gazes.get(j) for v,j in ids.items()}
     x = TwoViewInputs({f'image_{v}':self.image(j) for v,j in ids.items()} | {f'present_{v}':torch.tensor(float(isinstance(j, str))) for v,j in ids.items()})
     y = TwoViewTargets(label=torch.tensor(float(self.rows.label.iloc[i])), **{f'gaze_{v}':blank if g is None else g for v,g in gaze.items()},
                        has_gaze=torch.tensor([float(g is not None) for g in gaze.values()]))
@@ -293,7 +295,7 @@ def sample_dls(
         for o in loaders: o.rng = random.Random(seed)
     return DataLoaders(*loaders, device=device or default_device())
 
-# %% ../../nbs/data/30_samples.ipynb #409a4bff
+# %% ../../nbs/data/30_samples.ipynb #22aa107c
 def two_view_dls(
     prepared:PreparedCohort, # prepared pictures with a cohort that has splits
     bs:int=16, # breasts a batch
@@ -302,7 +304,9 @@ def two_view_dls(
     rows:pd.DataFrame|None=None, # as from `breasts`, to choose among them; `None`: all
     gaze:bool=False, # read gaze maps into the targets; or a function, see `TwoViewDataset`
     gaze_stride:int=8, # prepared pixels a cell of the gaze map
+    gaze_sigma:float=6., # width of its blur, mm
     gaze_slices:int=1, # parts of a reading, a channel each
+    gaze_shown_rows:int|None=None, # of MicEye logs: how high the pictures were shown, 900 if the recorder was left alone; `None`: stored pixels
     augment:Augment|None|bool=True, # `True`: `Augment()`; `None` or `False`: none; or your own
     in_memory:bool|str='auto', # keep the pictures, see `TwoViewDataset`
     seed:int|None=None, # of the order of the batches; `None`: from Python's global generator
@@ -314,7 +318,7 @@ def two_view_dls(
     rows = breasts(prepared.cohort) if rows is None else rows
     tables = [labelled_rows(prepared, s, rows) for s in (train, valid)]
     no_shared_patient(*tables)
-    sets = [TwoViewDataset(prepared, t, gaze, gaze_stride, gaze_slices=gaze_slices, in_memory=in_memory, split_idx=i) for i,t in enumerate(tables)]
+    sets = [TwoViewDataset(prepared, t, gaze, gaze_stride, gaze_sigma, gaze_slices, gaze_shown_rows, in_memory=in_memory, split_idx=i) for i,t in enumerate(tables)]
     dls = sample_dls(sets, (TwoViewInputs, TwoViewTargets), bs, Augment() if augment is True else augment, seed, device, num_workers, 'two_view_dls')
     dls.left_out = int(rows.split.isin((train, valid)).sum()) - sum(map(len, tables))
     dls.description = dict(_describe(prepared, tables[0]), train=train, valid=valid)

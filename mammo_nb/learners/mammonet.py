@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'mammonet_learner', 'attention_maps', 'choose_weights']
 
-# %% ../../nbs/learners/20_mammonet.ipynb #a5dd540a
+# %% ../../nbs/learners/20_mammonet.ipynb #2184bb3f
+import hashlib
+from pathlib import Path
 import numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 from fastai.data.core import DataLoaders
@@ -26,14 +28,15 @@ from ..losses.mammonet import MammoNetLoss
 from ..metrics.bootstrap import auc
 from ..models.mammonet import MammoNet
 
-# %% ../../nbs/learners/20_mammonet.ipynb #fe67ea34
+# %% ../../nbs/learners/20_mammonet.ipynb #11d3ee2c
 VARIANTS = dict(cc=dict(views=('cc',)), mlo=dict(views=('mlo',)), cross_view=dict(), cross_view_bfl=dict(fusion=True), cross_view_gaze=dict(gaze=True),
                 mammonet=dict(fusion=True, gaze=True), mammonet_scanpath=dict(fusion=True, gaze=True, scan=True))
 
-def _check_gaze(ds, variant, gaze_weight, scan_weight):
+def _check_gaze(ds, variant, gaze_weight, scan_weight, model):
     if not (gaze_weight or scan_weight): return
-    read = sum(isinstance(i, str) and i in ds.gaze_paths for i in ds.ids.ravel())
+    read = sum(g is not None for g in ds.gazes.values())
     if not ds.gaze or not read: raise InputError('mammonet_learner', f'gaze for {variant}', 'no training picture with gaze' if ds.gaze else 'loaders that read none', 'two_view_dls(..., gaze=True) of a cohort with gaze, or a variant without: cc, mlo, cross_view, cross_view_bfl')
+    if scan_weight and model is not None and model.slices != ds.gaze_slices: raise InputError('mammonet_learner', 'model.slices', model.slices, f'{ds.gaze_slices}, the gaze_slices of the loaders')
     if scan_weight and ds.gaze_slices < 2: raise InputError('mammonet_learner', 'gaze_slices', ds.gaze_slices, 'two_view_dls(..., gaze_slices=K) with K of 2 or more, for the order of the looks')
 
 @delegates(Learner.__init__)
@@ -60,7 +63,8 @@ def mammonet_learner(
     "A fastai learner for Mammo-Net and every part of it"
     v = VARIANTS[check_in(variant, tuple(VARIANTS), 'mammonet_learner', 'variant')]
     lam, mu, scan = (w*v.get(k, False) for k, w in (('gaze', gaze_weight), ('fusion', fusion_weight), ('scan', scan_weight)))
-    _check_gaze(dls.train_ds, variant, lam, scan)
+    _check_gaze(dls.train_ds, variant, lam, scan, model)
+    if model is not None and model_args: raise InputError('mammonet_learner', 'model_args', sorted(model_args), 'none beside a model of your own')
     if seed is not None: seed_everything(seed)
     if model is not None and tuple(model.views) != tuple(v.get('views', VIEW_NAMES)): raise InputError('mammonet_learner', 'model.views', model.views, f'{v.get("views", VIEW_NAMES)}, the views of {variant}')
     if model is None: model = MammoNet(backbone, v.get('views', VIEW_NAMES), stride=stride, pretrained=pretrained, slices=dls.train_ds.gaze_slices if scan else 0, **(model_args or {}))
@@ -96,27 +100,40 @@ def attention_maps(
     finally: model.train(was)
     return out
 
-# %% ../../nbs/learners/20_mammonet.ipynb #593cc1f1
+# %% ../../nbs/learners/20_mammonet.ipynb #d18238a1
+def _folds(prepared, folds, seed):
+    "Training rows, and for each fold the splits of its training"
+    rows = labelled_rows(check_prepared(prepared, 'choose_weights'), 'train', where='choose_weights')
+    if rows.patient_id.nunique() < folds: raise InputError('choose_weights', 'folds', folds, f'at most {rows.patient_id.nunique()}, the training patients')
+    part = np.zeros(len(rows), int)
+    for k, (_, i) in enumerate(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(rows, rows.label, rows.patient_id)): part[i] = k
+    both = rows.groupby(part).label.nunique()
+    if (both < 2).any(): raise InputError('choose_weights', 'folds', f'{folds}, of which fold {both.idxmin()} has {int((part == both.idxmin()).sum())} breasts of one label', 'fewer folds: each needs breasts with and without cancer')
+    return [rows.assign(split=np.where(part == k, 'test', np.where(part == (k+1) % folds, 'valid', 'train'))) for k in range(folds)]
+
 def choose_weights(
     prepared:PreparedCohort, # pictures with a cohort that has splits
     fit, # `fit(dls, gaze_weight=..., fusion_weight=...)` -> trained `Learner` or model
     gaze_weights=(.1, .5, 1.), # lambda: those to try
     fusion_weights=(.1, .2, .5), # mu: those to try
-    folds:int=5, # of the training patients
+    folds:int=5, # of the training patients, 3 or more
     seed:int=0, # of the folds
+    path:str|Path|None=None, # a `.csv` that keeps what is known, to go on from; one a `fit`
     progress:bool=True, # a progress bar
     **kwargs # go to `two_view_dls`: `gaze=True`, `bs` ...
-)->pd.DataFrame: # gaze_weight, fusion_weight, fold, auc; best pair: `.groupby([...]).auc.mean().idxmax()`
+)->pd.DataFrame: # gaze_weight, fusion_weight, fold, auc, patients (a hash of who is in which fold); best pair: `.groupby([...]).auc.mean().idxmax()`
     "AUC of every pair of weights on held-out folds of the training patients"
-    check_range(folds, 2, 100, 'choose_weights', 'folds', whole=True)
-    rows = labelled_rows(check_prepared(prepared, 'choose_weights'), 'train', where='choose_weights')
-    if rows.patient_id.nunique() < folds: raise InputError('choose_weights', 'folds', folds, f'at most {rows.patient_id.nunique()}, the training patients')
-    parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(rows, rows.label, rows.patient_id))
-    out, todo = [], [(l, m, k) for k in range(folds) for l in gaze_weights for m in fusion_weights]
+    check_range(folds, 3, 100, 'choose_weights', 'folds', whole=True)
+    parts = _folds(prepared, folds, seed)
+    who = hashlib.sha256(repr([t[['patient_id', 'split']].to_numpy().tolist() for t in parts]).encode()).hexdigest()[:12]
+    done = pd.read_csv(path) if path is not None and Path(path).exists() else pd.DataFrame(columns=['gaze_weight', 'fusion_weight', 'fold', 'auc', 'patients'])
+    if (done.patients != who).any(): raise InputError(path, 'patients', done.patients[done.patients != who].iloc[0], f'{who}: results of the same folds of the same patients; name another file')
+    out = done.to_dict('records')
+    known = {(r['gaze_weight'], r['fusion_weight'], r['fold']) for r in out}
+    todo = [(l, m, k) for k in range(folds) for l in gaze_weights for m in fusion_weights if (l, m, k) not in known]
     for lam, mu, k in tqdm(todo, desc='weights and folds', disable=not progress):
-        where = np.where(np.isin(np.arange(len(rows)), parts[k][1]), 'valid', 'train')
-        held = rows.assign(split=where)
-        learn = fit(two_view_dls(prepared, rows=held, **kwargs), gaze_weight=lam, fusion_weight=mu)
-        t = predict(learn, prepared, rows=held[held.split == 'valid'], bs=32).query("output == 'probability'")
-        out.append(dict(gaze_weight=lam, fusion_weight=mu, fold=k, auc=float(auc(t.label.to_numpy(), t['value'].to_numpy()))))
+        learn = fit(two_view_dls(prepared, rows=parts[k], **kwargs), gaze_weight=lam, fusion_weight=mu)
+        t = predict(learn, prepared, rows=parts[k][parts[k].split == 'test'], bs=32).query("output == 'probability'")
+        out.append(dict(gaze_weight=lam, fusion_weight=mu, fold=k, auc=float(auc(t.label.to_numpy(), t['value'].to_numpy())), patients=who))
+        if path is not None: pd.DataFrame(out).to_csv(path, index=False)
     return pd.DataFrame(out)

@@ -60,7 +60,7 @@ def localize(
     return dict(attention_in_lesion=float(p[m].sum()), pointing_game=float(near[top].mean()), iou=float((over & m).sum()/(over | m).sum()),
                 coverage_auc=float(auc(m[inside].astype(int), p[inside])) if not m[inside].all() else float('nan'), chance=float(m.sum()/inside.sum()))
 
-# %% ../../nbs/metrics/20_localization.ipynb #9cae0561
+# %% ../../nbs/metrics/20_localization.ipynb #37eecb8c
 def lesion_mask(
     prepared:PreparedCohort, # pictures with a cohort
     image_id:str, # which picture
@@ -96,6 +96,7 @@ def localization_table(
         p = prepared.load(i)
         if tolerance_mm and not p.spacing_mm: raise InputError(i, 'pixel spacing', p.spacing_mm, 'a spacing: the tolerance is in mm')
         rows.append({k: im.loc[i, k] for k in ('patient_id', 'exam_id', 'laterality', 'view', 'split')} | dict(image_id=i) | localize(a, m, p.mask, tolerance_mm/p.spacing_mm if tolerance_mm else 0.))
+    if not rows: raise InputError('localization_table', 'maps', f'{len(maps)} pictures, none of them with a {pathology or ""} lesion'.replace('  ', ' '), 'at least one picture with an outlined lesion')
     return pd.DataFrame(rows)
 
 # %% ../../nbs/metrics/20_localization.ipynb #b97f30d5

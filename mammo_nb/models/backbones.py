@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFLINE', 'lite0_weights', 'Backbone', 'freeze_module', 'unfreeze_module', 'is_frozen']
 
-# %% ../../nbs/models/01_backbones.ipynb #20ebce0e
+# %% ../../nbs/models/01_backbones.ipynb #c32f643e
 import copy
 from functools import lru_cache
 import timm, torch
@@ -88,7 +88,7 @@ class Backbone(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: return self.body((x-self.mean)/self.std)[0]
 
-# %% ../../nbs/models/01_backbones.ipynb #aa70dcbb
+# %% ../../nbs/models/01_backbones.ipynb #8d28d6d0
 class _Standard(nn.Module):
     "The scaling that the weights expect"
     def __init__(self, mean, std): super().__init__(); self.register_buffer('mean', mean, persistent=False); self.register_buffer('std', std, persistent=False)
@@ -114,7 +114,7 @@ def split(self:Backbone)->tuple: # (first, last) modules, `last(first(x))` is th
     with torch.random.fork_rng(), torch.no_grad():
         x = torch.rand(1, self.mean.shape[1], 64, 64, device=self.mean.device)
         try: same = torch.allclose(last(first(x)), self(x), atol=1e-5)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError): same = False
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError): same = False
     self.train(mode)
     if not (len(first) > 1 and len(last) and same): raise InputError(f'Backbone {self.name}', 'split', 'stages that do not run one after another', 'a plain row of stages, such as resnet18')
     return first, last, a['num_chs']
