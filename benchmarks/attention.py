@@ -2,10 +2,12 @@
 
 LMV-Net with 3328 tokens of 1536 channels for each view (2048 x 1664 pixels at stride 32), one breast: one attention of one view to the
 other, and the whole dual-stream block (four attentions, two FFNs), each as a forward pass for a prediction and as a training step of
-forward and backward without dropout: ours, and the same with the same weights whose attention matrices are written to memory. Each runs
+forward and backward without dropout. `sdpa` is ours: attention whose weights are never written to memory, and a prediction in pieces of
+512 rows. `sdpa_all_rows` is ours without the pieces (in a training step they are the same). `materialised` is the textbook, with the same
+weights: attention matrices written to memory, one equation after the other for all tokens. Each runs
 in a process of its own, in turn; memory is the growth of the process over its size before. `peak_memory_ratio` and `time_ratio` are those
-of the attention's forward pass; the others say what they are of. Before them one forward pass of the whole model, registration included,
-on pictures of that size. The seed is of the numbers that go in.
+of the block's forward pass; the others say what they are of. Before them one forward pass of the whole model, with a registration that
+works on pictures of half the size, on pictures of that size. The seed is of the numbers that go in.
 """
 import argparse, json, resource, statistics, subprocess, sys, threading, time
 from pathlib import Path
@@ -55,20 +57,20 @@ def measure(kind, part, phase, seed):
     torch.manual_seed(seed)
     block = DualStreamBlock(DIM, HEADS, dropout=0., drop_path=0.)
     if kind == 'materialised': weights, block = block.state_dict(), MaterialisedBlock(DIM, HEADS, dropout=0., drop_path=0.); block.load_state_dict(weights); del weights
-    block.train(phase == 'step')
+    block.train(phase == 'step' or kind == 'sdpa_all_rows') # without dropout there is no other difference than the pieces
     def tokens(n, seed): torch.manual_seed(seed); return tuple(torch.randn(1, n, DIM, requires_grad=True) for _ in range(2))
     def forward(views): return block(views, (torch.ones(1),)*2) if part == 'block' else (block.cross_mha(*views),)
     def run(views):
         with torch.set_grad_enabled(phase == 'step'): out = forward(views)
         if phase == 'step': sum(o.square().mean() for o in out).backward()
-        return out[0].detach()
+        return [o.detach() for o in out]
     small, views = tokens(16, seed+2), tokens(TOKENS, seed+1)
     for p in (*block.parameters(), *views): p.grad = torch.zeros_like(p)  # there in every step but the first
     run(small)  # the libraries are loaded; nothing of the size in question is kept
     with Peak() as p: out = run(views)
     times = []
     for _ in range(3 if part == 'attention' else 1): start = time.perf_counter(); run(views); times.append(time.perf_counter()-start)
-    return dict(gib=p.gib, seconds=min(times), check=[float(v) for v in out[0, 0, :8]])
+    return dict(gib=p.gib, seconds=min(times), check=[float(v) for o in out for v in o[0, ::TOKENS//13, 5]])
 
 def whole(seed):
     "Memory of a forward pass of the whole model, and the peak of the process"
@@ -89,20 +91,22 @@ def main():
     p.add_argument('--seed', type=int, default=0, help='of the numbers that go in'); p.add_argument('--rounds', type=int, default=3); p.add_argument('--child', nargs='+', help='one measurement, for the parent')
     a = p.parse_args()
     if a.child: return print(json.dumps(whole(a.seed) if a.child == ['whole'] else measure(*a.child, a.seed)))
-    bench = Bench('attention', a.seed, dict(tokens=TOKENS, dim=DIM, heads=HEADS, picture=PICTURE, rounds=a.rounds, threads=cores()), 'about 12 minutes')
+    bench = Bench('attention', a.seed, dict(tokens=TOKENS, dim=DIM, heads=HEADS, picture=PICTURE, rounds=a.rounds, threads=cores(), registration=dict(shrink=2)), 'about 15 minutes')
     if not bench.done('lmvnet', 'process_gib'):
         full = child('--seed', a.seed, '--child', 'whole')
         for metric, k in (('forward_gib', 'gib'), ('forward_seconds', 'seconds'), ('process_gib', 'process_gib')): bench.add('lmvnet', metric, full[k], n=1)
     for part in ('attention', 'block'):
         for phase in ('forward', 'step'):
-            name = '' if (part, phase) == ('attention', 'forward') else f'{part}_{phase}_'
-            if bench.done('sdpa / materialised', f'{name}time_ratio'): continue
-            runs = [{k: child('--seed', a.seed, '--child', k, part, phase) for k in ('sdpa', 'materialised')} for _ in range(a.rounds)]
-            for r in runs: assert all(abs(x-y) < 1e-3 for x, y in zip(r['sdpa']['check'], r['materialised']['check'])), f'{part}: the two disagree'
-            for k in ('sdpa', 'materialised'):
+            kinds = ('sdpa', 'materialised') if phase == 'step' else ('sdpa', 'sdpa_all_rows', 'materialised')
+            name = '' if (part, phase) == ('block', 'forward') else f'{part}_{phase}_'
+            if bench.done(f'{kinds[-2]} / materialised', f'{name}time_ratio'): continue
+            runs = [{k: child('--seed', a.seed, '--child', k, part, phase) for k in kinds} for _ in range(a.rounds)]
+            for r in runs: assert all(abs(x-y) < 1e-3 for k in kinds for x, y in zip(r[k]['check'], r['materialised']['check'], strict=True)), f'{part}: they disagree'
+            for k in kinds:
                 for m in ('gib', 'seconds'): bench.add(k, f'{part}_{phase}_{m}', statistics.median(r[k][m] for r in runs), n=len(runs))
-            for metric, m in (('peak_memory_ratio', 'gib'), ('time_ratio', 'seconds')):
-                each = [r['sdpa'][m]/r['materialised'][m] for r in runs]
-                bench.add('sdpa / materialised', name+metric, statistics.median(each), min(each), max(each), n=len(each))
+            for k in kinds[:-1]:
+                for metric, m in (('peak_memory_ratio', 'gib'), ('time_ratio', 'seconds')):
+                    each = [r[k][m]/r['materialised'][m] for r in runs]
+                    bench.add(f'{k} / materialised', name+metric, statistics.median(each), min(each), max(each), n=len(each))
 
 if __name__ == '__main__': main()

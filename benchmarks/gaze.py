@@ -16,7 +16,7 @@ from mammo_nb.data.insilico import Settings, settings_name
 LEVELS = dict(noise=(5, 10, 20), offset=(5, 10, 20), missing=(.5, .75, .9))
 
 def main():
-    a = options(__doc__, patients=1000, epochs=6, train_seeds=[0])
+    a = options(__doc__, patients=1400, epochs=4, train_seeds=[0])
     rows = {'cross_view': None, 'cross_view_gaze': None} | {f'{k}_{v:g}': (k, v) for k, vs in LEVELS.items() for v in vs}
     config = dict(cohort=settings_name(Settings(seed=a.seed, exams=1, shortcut=True)), patients=a.patients, size=SIZE, epochs=a.epochs, net=NET, train=TRAIN)
     bench = Bench('gaze', a.seed, config, f'about {round(a.patients/1000*(6+.33*a.epochs*len(rows)*len(a.train_seeds)))} minutes on 2 cores, less where `mammonet` has been run', train_seeds=a.train_seeds)

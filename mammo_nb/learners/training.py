@@ -15,7 +15,9 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Tr
 from fastcore.basics import patch
 from ..core.errors import InputError, check_range
 
-# %% ../../nbs/learners/02_training.ipynb #7150a6c7
+# %% ../../nbs/learners/02_training.ipynb #52914bb2
+def _bare(model): return model.module if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)) else model  # without the wrapper of several GPUs
+
 class _Tracks:
     "A tracker that looks at epochs of `fit` only"
     def after_epoch(self):
@@ -27,7 +29,7 @@ class StopEarly(_Tracks, EarlyStoppingCallback):
 class SlowDown(_Tracks, ReduceLROnPlateau):
     "Lower the learning rate when a metric has not improved for `patience` epochs"
 
-# %% ../../nbs/learners/02_training.ipynb #2c472435
+# %% ../../nbs/learners/02_training.ipynb #16f58a0c
 class KeepBest(_Tracks, TrackerCallback):
     "At the end of training the model has the weights of its best epoch"
     order = TrackerCallback.order+1
@@ -46,12 +48,12 @@ class KeepBest(_Tracks, TrackerCallback):
     def after_epoch(self):
         "Remember the weights if they are the best so far"
         super().after_epoch()
-        if self.new_best: self.weights, self.epoch_of_best = {k: v.detach().clone() for k, v in self.learn.model.state_dict().items()}, self.epoch
+        if self.new_best: self.weights, self.epoch_of_best = {k: v.detach().clone() for k, v in _bare(self.learn.model).state_dict().items()}, self.epoch
 
     def after_fit(self):
         "Put the best weights back"
         super().after_fit()
-        if self.weights is not None: self.learn.model.load_state_dict(self.weights)
+        if self.weights is not None: _bare(self.learn.model).load_state_dict(self.weights)
 
 # %% ../../nbs/learners/02_training.ipynb #503a59fa
 class WarmUp(Callback):
@@ -81,7 +83,7 @@ def _set_generators(dls, s):
 
 def _plain(v): return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 0) == 0 and not isinstance(v, torch.Tensor) else v
 
-# %% ../../nbs/learners/02_training.ipynb #2e1f5df2
+# %% ../../nbs/learners/02_training.ipynb #3a930817
 class Resumable(Callback):
     "Write a checkpoint after each epoch; go on from it if it is there"
     order, remove_on_fetch, _only_train_loop = 10**6, True, True # after everybody else
@@ -105,7 +107,7 @@ class Resumable(Callback):
         if s['epochs'] != self.n_epoch: raise InputError(self.path, 'epochs', f'a training of {s["epochs"]}', f'{self.n_epoch}, or another folder')
         other = [k for k, v in self.about().items() if s.get('about', {}).get(k) != v]
         if other: raise InputError(self.path, other[0], s.get('about', {}).get(other[0]), f'{self.about()[other[0]]}, or another folder')
-        try: self.learn.model.load_state_dict(s['model']); self.learn.opt.load_state_dict(s['opt'])
+        try: _bare(self.learn.model).load_state_dict(s['model']); self.learn.opt.load_state_dict(s['opt'])
         except (RuntimeError, AssertionError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
         for cb, state in zip(self.trackers(), s['trackers']): cb.__dict__.update(state)
         self.learn.recorder.values = s['values']
@@ -113,7 +115,7 @@ class Resumable(Callback):
         self.paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
         for cb in self.paused: cb.run = False
 
-# %% ../../nbs/learners/02_training.ipynb #e7c594a6
+# %% ../../nbs/learners/02_training.ipynb #1179424e
 @patch
 def before_epoch(self:Resumable):
     "Skip what is done"
@@ -122,7 +124,7 @@ def before_epoch(self:Resumable):
 
 @patch
 def _write(self:Resumable, stopped=False):
-    s = dict(epochs=self.n_epoch, about=self.about(), done=self.epoch+1, stopped=stopped, model=self.learn.model.state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
+    s = dict(epochs=self.n_epoch, about=self.about(), done=self.epoch+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
              trackers=[{k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for cb in self.trackers()], values=[[_plain(v) for v in row] for row in self.learn.recorder.values])
     s['opt'] = dict(state=[dict(o) for o in s['opt']['state']], hypers=[{k: _plain(v) for k, v in h.items()} for h in s['opt']['hypers']])
     self.path.parent.mkdir(parents=True, exist_ok=True)

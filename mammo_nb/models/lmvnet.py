@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LongitudinalFeatureProcessor', 'by_rows', 'Attention', 'DualStreamBlock', 'LMVNet', 'UnalignedRisk']
 
-# %% ../../nbs/models/15_lmvnet.ipynb #39c463ca
+# %% ../../nbs/models/15_lmvnet.ipynb #de8c015e
 from functools import partial
 import torch
 from torch import nn, Tensor
@@ -14,11 +14,12 @@ from fastcore.basics import patch
 from timm.layers import DropPath
 from ..core.errors import InputError, check_in, check_range
 from .backbones import freeze_module
+from .blocks import those_there
 from .risk import BaseRiskModel, ContinuousPosEncoding, CumulativeProbabilityLayer
 from .two_view import make_encoder
 from ..registration.flow import resize_flow, warp
 
-# %% ../../nbs/models/15_lmvnet.ipynb #22c62415
+# %% ../../nbs/models/15_lmvnet.ipynb #31f85685
 class LongitudinalFeatureProcessor(nn.Module):
     "One view, now and before -> current, aligned prior and difference `[B,3C,h,w]`"
     def __init__(self,
@@ -44,7 +45,7 @@ class LongitudinalFeatureProcessor(nn.Module):
         d = now-then
         return d.abs() if self.diff_mode == 'abs' else d
 
-# %% ../../nbs/models/15_lmvnet.ipynb #18ad1dc4
+# %% ../../nbs/models/15_lmvnet.ipynb #d2a1ed5b
 @patch
 def weigh(self:LongitudinalFeatureProcessor,
     now:Tensor, # [B,C,h,w]
@@ -64,12 +65,14 @@ def forward(self:LongitudinalFeatureProcessor,
     previous:Tensor, # [B,P,H,W]
     time_gap:Tensor, # [B,P] or [B] years
     there:Tensor|None=None, # [B,P] 1 where the prior exists; `None`: all do
-    flow:Tensor|None=None # [B,P,2,H,W] from each prior to the current exam; `None`: no motion
+    flow:Tensor|None=None, # [B,P,2,H,W] from each prior to the current exam; `None`: no motion
+    seen:Tensor|None=None # [B] 1 where the current picture exists; `None`: all do
 )->tuple: # features [B,3C,h,w], weights of the priors [B,P]
     "Read one view now and before"
     (b, p), gap = previous.shape[:2], time_gap.reshape(len(previous), -1)
     there = gap.new_ones(b, p) if there is None else there.reshape(b, p)
-    f = self.encoder(torch.cat([current, previous.reshape(b*p, 1, *previous.shape[2:])]))
+    seen = gap.new_ones(b) if seen is None else seen.to(there.dtype)
+    f = those_there(self.encoder, torch.cat([current, previous.reshape(b*p, 1, *previous.shape[2:])]), torch.cat([seen, there.flatten()]))
     now, raw = f[:b], f[b:]
     then = self.align(raw, None if flow is None else flow.flatten(0, 1))
     shaped = lambda o: o.view(b, p, *now.shape[1:])
@@ -81,20 +84,20 @@ def forward(self:LongitudinalFeatureProcessor,
     old, d = (torch.where(none, v.view(1, -1, 1, 1).to(o.dtype), o) for v, o in zip(self.nothing, (old, mix(d))))
     return torch.cat([now, old, d], 1), w
 
-# %% ../../nbs/models/15_lmvnet.ipynb #abb53df7
+# %% ../../nbs/models/15_lmvnet.ipynb #fcd8b7b7
 def by_rows(
     module:nn.Module, # in training, and wherever gradients are wanted, all rows go at once
     f, # its result has the rows of what it gets, and none of them depends on another
     *xs:Tensor, # [B,N,D] each
-    rows:int=256 # at a time
+    rows:int=512, # at a time
+    out:Tensor|None=None # where the result may go, perhaps one of `xs`; `None`: new memory
 )->Tensor: # [B,N,D]
-    "`f(*xs)`, in a prediction a few rows at a time, so that only the result is ever whole"
+    "`f(*xs)`, in a prediction some rows at a time, so that of all that lies between only these are ever there"
     n = xs[0].shape[1]
     if module.training or torch.is_grad_enabled() or n <= rows: return f(*xs)
-    out = None
     for i in range(0, n, rows):
         o = f(*(x[:, i:i+rows] for x in xs))
-        if out is None: out = o.new_empty(o.shape[0], n, *o.shape[2:])
+        if i == 0 and (out is None or out.dtype != o.dtype): out = o.new_empty(o.shape[0], n, *o.shape[2:])
         out[:, i:i+rows] = o
     return out
 
@@ -114,9 +117,10 @@ class Attention(nn.Module):
 
     def forward(self,
         x:Tensor, # who looks [B,N,D]
-        y:Tensor # what is looked at [B,M,D]
+        y:Tensor|None=None, # what is looked at [B,M,D]
+        kv:Tensor|None=None # or its keys and values [B,M,2D], `self.kv(y)`, to ask many times
     )->Tensor: # [B,N,D]
-        return by_rows(self, partial(self.look, self.kv(y)), x)
+        return by_rows(self, partial(self.look, self.kv(y) if kv is None else kv), x)
 
     def look(self, kv, x):
         k, v = map(self.split, kv.chunk(2, -1))
@@ -132,7 +136,7 @@ class Attention(nn.Module):
         q, k = self.split(self.q(x[:, cell:cell+1])), self.split(self.kv(y).chunk(2, -1)[0])
         return (q @ k.transpose(-1, -2)/q.shape[-1]**.5).softmax(-1).mean(1)[:, 0]
 
-# %% ../../nbs/models/15_lmvnet.ipynb #df219cdc
+# %% ../../nbs/models/15_lmvnet.ipynb #2008029a
 class DualStreamBlock(nn.Module):
     "Self and cross attention of two views, then an FFN for each"
     def __init__(self,
@@ -158,15 +162,15 @@ class DualStreamBlock(nn.Module):
         out = []
         for i, (x, other, seen) in enumerate(zip(views, tuple(views)[::-1], tuple(there)[::-1])):
             a = self.self_mha(x, x)
-            out.append(by_rows(self, partial(self.rest, i, self.cross_mha.kv(other), seen.view(-1, 1, 1).to(x.dtype)), x, a))
+            out.append(by_rows(self, partial(self.rest, i, self.cross_mha.kv(other), seen.view(-1, 1, 1).to(x.dtype)), x, a, out=a))
         return tuple(out)
 
     def rest(self, i, kv, seen, x, a):
         "All that follows a view's look at itself, `a`, for some of its rows `x`"
-        y = self.norm1[i](x + self.path(self.drop(a + self.cross_mha.look(kv, x)*seen)))
+        y = self.norm1[i](x + self.path(self.drop(a + self.cross_mha(x, kv=kv)*seen)))
         return self.norm2[i](y + self.path(self.ffn[i](y)))
 
-# %% ../../nbs/models/15_lmvnet.ipynb #61bf5e3b
+# %% ../../nbs/models/15_lmvnet.ipynb #9509bb8e
 class LMVNet(BaseRiskModel):
     "Longitudinal multi-view risk"
     def __init__(self,
@@ -236,7 +240,7 @@ def presence(self:LMVNet,
         now = now*~(lose & (which == torch.arange(2, device=x.device)[:, None]))
     return now, past*now[..., None]
 
-# %% ../../nbs/models/15_lmvnet.ipynb #a19805b5
+# %% ../../nbs/models/15_lmvnet.ipynb #35a40644
 @patch
 def risks(self:LMVNet,
     batch:dict # inputs, see `data.risk_samples`
@@ -245,14 +249,14 @@ def risks(self:LMVNet,
     now, past = self.presence(batch)
     tokens, out = [], dict(present=now.T)
     for i, v in enumerate(('cc', 'mlo')):
-        f, w = self.processor(batch[f'current_image_{v}'], batch[f'previous_image_{v}'], batch['time_gap'], past[i], self.flow_of(batch, v))
+        f, w = self.processor(batch[f'current_image_{v}'], batch[f'previous_image_{v}'], batch['time_gap'], past[i], self.flow_of(batch, v), now[i])
         tokens.append(F.max_pool2d(f, self.token_pool, ceil_mode=True).flatten(2).transpose(1, 2)); out[f'prior_weight_{v}'] = w
     for block in self.blocks: tokens = block(tokens, now)
     p = [t.mean(1)*there[:, None].to(t.dtype) for t, there in zip(tokens, now)]
     risks = dict(risk_multi=self.layer(self.fuse(torch.cat(p, 1))), risk_cc=self.layer(p[0]), risk_mlo=self.layer(p[1]))
     return risks | out
 
-# %% ../../nbs/models/15_lmvnet.ipynb #96847663
+# %% ../../nbs/models/15_lmvnet.ipynb #d19a1e6d
 class UnalignedRisk(LMVNet):
     "LMV-Net that takes the prior as it lies; arguments of `LMVNet`, without `registration`"
     def __init__(self,

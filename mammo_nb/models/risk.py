@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CumulativeProbabilityLayer', 'ContinuousPosEncoding', 'BaseRiskModel', 'DensityRisk', 'CurrentExamRisk']
 
-# %% ../../nbs/models/10_risk.ipynb #be9277d2
+# %% ../../nbs/models/10_risk.ipynb #238469f1
 from abc import ABC, abstractmethod
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_range
+from .blocks import those_there
 from .two_view import make_encoder
 
 # %% ../../nbs/models/10_risk.ipynb #642dc8aa
@@ -59,7 +60,7 @@ class ContinuousPosEncoding(nn.Module):
     )->Tensor: # [B,dim,...]
         return self.drop(x + self.code(years).to(x.dtype).view(*x.shape[:2], *[1]*(x.ndim-2)))
 
-# %% ../../nbs/models/10_risk.ipynb #98e475c0
+# %% ../../nbs/models/10_risk.ipynb #6c62b6db
 class BaseRiskModel(nn.Module, ABC):
     "The contract of a risk model: logits of the cumulative risk in a dictionary"
     years:int = 5 # Y
@@ -98,7 +99,7 @@ class DensityRisk(BaseRiskModel):
         d = batch['density'].long()
         return dict(risk_multi=self.layer(F.one_hot(torch.where(d < 0, 4, d), 5).float()))
 
-# %% ../../nbs/models/10_risk.ipynb #07095792
+# %% ../../nbs/models/10_risk.ipynb #2def6738
 class CurrentExamRisk(BaseRiskModel):
     "Risk from CC and MLO of the current exam"
     def __init__(self,
@@ -118,5 +119,5 @@ class CurrentExamRisk(BaseRiskModel):
         views = ('cc', 'mlo')
         x = torch.cat([batch[f'current_image_{v}'] for v in views])
         there = torch.stack([batch.get(f'present_current_{v}', x.new_ones(len(x)//2)) for v in views])
-        p = self.drop(self.encoder(x).mean((2, 3))).view(2, len(x)//2, -1)*there[..., None]
+        p = self.drop(those_there(self.encoder, x, there.flatten()).mean((2, 3))).view(2, len(x)//2, -1)*there[..., None]
         return dict(risk_multi=self.layer(self.fuse(torch.cat([p[0], p[1]], 1))), risk_cc=self.layer(p[0]), risk_mlo=self.layer(p[1]), present=there.T)

@@ -35,7 +35,7 @@ def ncc(
     r = torch.where(inside, cov/(va.clamp(min=1e-5)*vb.clamp(min=1e-5)).sqrt(), 0.)
     return r.sum((1, 2, 3))/inside.sum((1, 2, 3)).clamp(min=1)
 
-# %% ../../nbs/registration/05_mammoregnet.ipynb #22f1cb88
+# %% ../../nbs/registration/05_mammoregnet.ipynb #9cd44fc2
 class RegistrationLoss(nn.Module):
     "Does it match, is it smooth, does it fold"
     def __init__(self,
@@ -59,7 +59,7 @@ class RegistrationLoss(nn.Module):
         if self.inverse: loss = loss + self.inverse*compose(u, out['inverse_flow']).square().mean()
         return loss
 
-# %% ../../nbs/registration/05_mammoregnet.ipynb #21e6b7c4
+# %% ../../nbs/registration/05_mammoregnet.ipynb #b331722b
 def affine_flow(
     theta:Tensor, # [B,2,3] map of `(y, x, 1)`, each from -1 to 1
     size:tuple # (H, W)
@@ -173,7 +173,7 @@ def flow(self:MammoRegNet,
         flow = flow + head(x)
     return flow, theta
 
-# %% ../../nbs/registration/05_mammoregnet.ipynb #874daa58
+# %% ../../nbs/registration/05_mammoregnet.ipynb #4ecbc9e7
 def average_flow(
     flow:Tensor, # [B,2,H,W] pixels
     side:int # of the square, an odd number of pixels; 1: nothing changes
@@ -207,7 +207,7 @@ def refine(
             opt.zero_grad(); loss(dict(flow=f, warped=warp(moving, f)), fixed).backward(); opt.step()
     return resize_flow((start + resize_flow(more, small)).detach(), full)
 
-# %% ../../nbs/registration/05_mammoregnet.ipynb #cdc58fec
+# %% ../../nbs/registration/05_mammoregnet.ipynb #f1863afe
 class Refined(nn.Module):
     "A registration, then a few steps of descent on each pair"
     def __init__(self,
@@ -233,17 +233,19 @@ class Refined(nn.Module):
         flow = refine(out['flow'], fixed, moving, loss=self.loss, **self.how)
         return dict(out, flow=flow, warped=warp(moving, flow))
 
-# %% ../../nbs/registration/05_mammoregnet.ipynb #2463f208
+# %% ../../nbs/registration/05_mammoregnet.ipynb #f15f05d6
 class SitkRegistration(nn.Module):
     "Iterative registration of each pair with SimpleITK"
     def __init__(self,
         method:str='demons', # after the affine map: `bspline`, `demons`, or `affine` for the affine map alone
         grid:int=6, # control points along the shorter side (B-spline)
         steps:int=60, # iterations at each of three scales
-        smooth:float=4. # of the demons' field, pixels
+        smooth:float=4., # of the demons' field, pixels of what it works on
+        shrink:int=1 # work on pictures so many times smaller, and enlarge the flow
     ):
         super().__init__()
         self.method, self.grid, self.steps, self.smooth = check_in(method, ('bspline', 'demons', 'affine'), 'SitkRegistration', 'method'), grid, steps, smooth
+        self.shrink = check_range(shrink, 1, None, 'SitkRegistration', 'shrink', whole=True)
 
     def search(self, fix, mov, start):
         import SimpleITK as sitk
@@ -259,8 +261,10 @@ class SitkRegistration(nn.Module):
         fixed:Tensor, # [B,1,H,W] in [0,1]
         moving:Tensor # [B,1,H,W]
     )->dict: # `flow` [B,2,H,W], `warped` [B,1,H,W]
-        flow = np.stack([self.one(a[0], b[0]) for a, b in zip(fixed.cpu().numpy(), moving.cpu().numpy())])
-        flow = torch.from_numpy(flow).to(fixed.device, fixed.dtype)
+        size = [max(2, n//self.shrink) for n in fixed.shape[2:]]
+        small = [o if self.shrink == 1 else F.interpolate(o, size=size, mode='bilinear', align_corners=True, antialias=True) for o in (fixed, moving)]
+        flow = np.stack([self.one(a[0], b[0]) for a, b in zip(*(o.cpu().numpy() for o in small))])
+        flow = resize_flow(torch.from_numpy(flow).to(fixed.device, fixed.dtype), fixed.shape[2:])
         return dict(flow=flow, warped=warp(moving, flow))
 
 # %% ../../nbs/registration/05_mammoregnet.ipynb #34b519c6
