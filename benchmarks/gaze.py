@@ -3,7 +3,8 @@
 The patients, the network and the recipe of `mammonet`, row `cross_view_gaze`, with gaze made worse in training: every place thrown about
 (`noise` of each fixation, standard deviation in mm), every picture's fixations shifted by a distance in a random direction (`offset`, mm: a calibration
 that is off), or no gaze at all for a fraction of the patients (`missing`). One training a level and training seed; beside them the
-network without gaze and with all of it. Trainings that `mammonet` has finished are used again.
+network without gaze and with all of it, and `explain_truth`: with all of it, but in breasts without cancer the map that speaks *against*
+cancer is compared with the gaze. Trainings that `mammonet` has finished are used again.
 """
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ LEVELS = dict(noise=(5, 10, 20), offset=(5, 10, 20), missing=(.5, .75, .9))
 
 def main():
     a = options(__doc__, patients=1400, epochs=4, train_seeds=[0])
-    rows = {'cross_view': None, 'cross_view_gaze': None} | {f'{k}_{v:g}': (k, v) for k, vs in LEVELS.items() for v in vs}
+    rows = {'cross_view': None, 'cross_view_gaze': None, 'explain_truth': None} | {f'{k}_{v:g}': (k, v) for k, vs in LEVELS.items() for v in vs}
     config = dict(cohort=settings_name(Settings(seed=a.seed, exams=1, shortcut=True)), patients=a.patients, size=SIZE, epochs=a.epochs, net=NET, train=TRAIN)
     bench = Bench('gaze', a.seed, config, f'about {round(a.patients/1000*(6+.33*a.epochs*len(rows)*len(a.train_seeds)))} minutes on 2 cores, less where `mammonet` has been run', train_seeds=a.train_seeds)
     if bench.done(list(rows)[-1], METRICS[-1]): return print('  all rows are there already, for this commit and these settings')

@@ -50,6 +50,10 @@ def _worker(rank, path, out):
             both = torch.stack([loss.detach(), *g.flatten()])
             torch.distributed.all_reduce(both)
             found[direction, there] = (both/2).tolist()  # what distributed training does: the mean over the processes
+        for k in (0, 1):
+            both = _taught(_batch()[2], mine, k); torch.distributed.all_reduce(both); found[k, 'loss'] = (both/2).tolist()
+        net = torch.nn.parallel.DistributedDataParallel(_net('cross_view_gaze'))  # as fastai and accelerate wrap it
+        for _ in range(3): _step(net, mine)
         refused = ''
         try: bidirectional_fusion_loss(p[:3+rank], q[:3+rank])
         except ValueError as e: refused = str(e)
@@ -60,14 +64,40 @@ def _batch():
     g = torch.Generator().manual_seed(0)
     return torch.randn(8, 6, generator=g), torch.randn(8, 6, generator=g), torch.randn(6, 6, generator=g)
 
+def _taught(w, mine, uneven):
+    "All terms of the loss and their gradient, of some breasts of a batch of 8; gaze of 9 of 16 views, one label not known"
+    g = torch.Generator().manual_seed(1); r = lambda *s: torch.randn(*s, generator=g)
+    w = w.clone().requires_grad_()
+    maps = {k: torch.einsum('bihw,ij->bhw', r(8, 6, 8, 8), w) for k in ('cam_cc', 'cam_mlo')} | {k: torch.einsum('bikhw,ij->bkhw', r(8, 6, 3, 8, 8), w) for k in ('scan_cc', 'scan_mlo')}
+    vectors = [(r(8, 6) @ w, r(8, 6) @ w.T) for _ in range(2)]
+    gaze = {k: r(8, 3, 8, 8).abs() for k in ('gaze_cc', 'gaze_mlo')}
+    logit, label, has = (r(8, 6) @ w).sum(1), (r(8) > 0).float(), torch.ones(8, 2)
+    if uneven: has[4:] = 0; has[6, 1] = 1; label[2] = torch.nan
+    cut = lambda d: {k: v[mine] for k, v in d.items()}
+    pred = cut(maps) | dict(logit=logit[mine], present=torch.ones(2, 8)[:, mine], vectors=[p[mine] for p, _ in vectors], predicted=[q[mine] for _, q in vectors])
+    loss = MammoNetLoss(.5, .2, .1, 2.)(pred, cut(gaze) | dict(label=label[mine], has_gaze=has[mine]))
+    return torch.stack([loss.detach(), *torch.autograd.grad(loss, w)[0].flatten()])
+
+def _net(variant):
+    seed_everything(0)
+    return MammoNet('small', stride=8, width=8, embed=16, hidden=8, heads=2, head_dim=8, dropout=0., fusion='bfl' in variant)
+
+def _step(net, mine):
+    g = torch.Generator().manual_seed(2); x = {f'image_{v}': torch.rand(8, 1, 64, 48, generator=g)[mine] for v in ('cc', 'mlo')}
+    y = dict(label=torch.tensor([1., 0]*4)[mine], has_gaze=torch.ones(8, 2)[mine], **{f'gaze_{v}': torch.rand(8, 1, 8, 6, generator=g)[mine] for v in ('cc', 'mlo')})
+    net.zero_grad(); MammoNetLoss(.5, 0.)(net(x), y).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
 def test_two_processes_are_one(tmp_path):
     ctx = mp.get_context('spawn'); out = ctx.Queue()
     ps = [ctx.Process(target=_worker, args=(r, tmp_path/'store', out)) for r in range(2)]
     for p in ps: p.start()
     found, refused = out.get(timeout=120)
     for p in ps: p.join(60); assert p.exitcode == 0
-    p, q, w = _batch(); w.requires_grad_()
-    assert len(found) == len(CASES)
+    p, q, w = _batch()
+    assert len(found) == len(CASES)+2
+    for k in (0, 1): assert np.allclose(found.pop((k, 'loss')), _taught(w, slice(0, 8), k), atol=1e-5), 'the whole loss'
+    w.requires_grad_()
     for (direction, there), got in found.items():
         loss = bidirectional_fusion_loss(p @ w, q @ w.T, direction, .3, there and torch.tensor(there))
         if there: assert torch.isclose(loss, bidirectional_fusion_loss(p[torch.tensor(there) > 0] @ w, q[torch.tensor(there) > 0] @ w.T, direction, .3))
@@ -120,13 +150,27 @@ def test_views_are_exchanged_before_either_changes(shared):
     assert torch.allclose(f, i, atol=1e-5) and torch.allclose(g, h, atol=1e-5) and not torch.allclose(f, g, atol=1e-3)
 
 def test_the_gaze_term_survives_half_precision():
+    "At the first scale of a gradient scaler, with activation maps as small as those of large pictures"
+    for unit in (1., 1e-4, 1e-7):
+        cam, gaze, has = torch.randn(4, 12, 9)*unit, torch.rand(4, 3, 12, 9), torch.ones(4)
+        def grad(f, x, scale, **kwargs):
+            x = x.clone().requires_grad_()
+            with torch.autocast('cpu', torch.float16, **kwargs): loss = f(x)
+            return torch.autograd.grad(loss*scale, x)[0]/scale
+        for f, x in ((lambda x: pyramid_loss(x, gaze[:, :1], has), cam), (lambda x: scanpath_loss(x, gaze, has), cam[:, None].expand(-1, 3, -1, -1)), (lambda x: bidirectional_fusion_loss(x, gaze[:, 0].flatten(1)), cam.flatten(1))):
+            want = grad(f, x, 1., enabled=False)
+            assert want.abs().max() > 0 and torch.allclose(grad(f, x, 2.**16), want, rtol=1e-3, atol=float(want.abs().max())*1e-4)
     seed_everything(0); net = MammoNet('small', stride=8).train()
-    with torch.autocast('cpu', torch.float16):
-        out = net(dict(image_cc=torch.rand(2, 1, 96, 72), image_mlo=torch.rand(2, 1, 96, 72)))
-        loss = MammoNetLoss().terms(out, dict(label=torch.tensor([1., 0]), gaze_cc=torch.rand(2, 1, 12, 9), gaze_mlo=torch.rand(2, 1, 12, 9), has_gaze=torch.ones(2, 2)))['gaze']
+    with torch.autocast('cpu', torch.float16): out = net(dict(image_cc=torch.rand(2, 1, 96, 72), image_mlo=torch.rand(2, 1, 96, 72)))
     assert out['logit'].dtype == out['cam_cc'].dtype == torch.float32
-    (loss*2**7).backward()  # a gradient scaler begins at 2**16 and comes down to this; BF16 needs none
-    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
+def test_losses_of_single_breasts_and_the_wrapper_of_several_gpus(prepared):
+    dls = two_view_dls(prepared, bs=4, gaze=True, seed=0, augment=None)
+    learn = mammonet_learner(dls, 'mammonet', **SMALL, seed=0)
+    with learn.no_bar(), learn.no_logging():
+        each = learn.get_preds(with_loss=True)[2]; assert each.shape == (len(dls.valid_ds),) and each.isfinite().all()
+        learn.to_parallel(); learn.fit(1)  # ends with the weights of the best epoch, without the wrapper
+    assert learn.keep_best.epoch_of_best == 0 and not isinstance(learn.model, nn.DataParallel)
 
 # -- gaze is for training only (5)
 
@@ -179,10 +223,14 @@ def test_dwell_time_counts_and_nothing_else_changes():
     b = gaze_to_heatmap(stream+[(-5, 4), (np.nan, np.nan), (40, 500)], None, (96, 72), sigma_px=5)[0]
     assert (a == b).all() and np.isclose(a[0, 70, 50]/a[0, 30, 20], .5, atol=.01)
 
-def test_real_logs_survive_noise(prepared):
+def test_disturbed_gaze_keeps_its_form(prepared):
     g = read_gaze(prepared.cohort.file(prepared.cohort.images.gaze_path[0]))
     worse = disturb_gaze(g, np.random.default_rng(0), noise=5, keep=.5)
     assert list(worse) == list(g) and .3 < len(worse)/len(g) < .7
+    moved = disturb_gaze(g, np.random.default_rng(1), offset=7)[['row', 'col']]-g[['row', 'col']]
+    assert np.allclose(np.hypot(moved.row, moved.col), 7) and moved.row.std() < 1e-9  # all together, in one direction
+    thrown = disturb_gaze(g, np.random.default_rng(2), noise=5)[['row', 'col']]-g[['row', 'col']]
+    assert np.allclose(thrown.std(), 5, rtol=.25)  # some 200 points: 5 +- 0.25
 
 # -- fastai's machinery
 

@@ -35,15 +35,21 @@ def test_a_warp_is_that_of_simpleitk():
     inside = ((at >= 0) & (at <= torch.tensor([H-1, W-1]).view(2, 1, 1))).all(0).numpy()  # beyond the border each library has its own custom
     assert inside.mean() > .8 and np.abs(warp(x, flow)[0, 0].numpy()-theirs)[inside].max() < 1e-4
 
-def test_features_are_warped_as_pictures_are():
-    class Same(torch.nn.Module):
+def test_features_picture_and_network_are_warped_the_same_way():
+    "A picture that lay 8 rows lower and 4 columns further out: its features and the network's own picture come to lie on the fixed ones"
+    class Pooled(torch.nn.Module):
         channels = 2
-        def forward(self, x): return x.expand(-1, 2, -1, -1)
-    x, flow = picture(), constant(3, -2)
-    f = LongitudinalFeatureProcessor(Same()).align(x.expand(-1, 2, -1, -1), flow)
-    assert torch.equal(f[:, :1], warp(x, flow, padding='border'))
-    half = LongitudinalFeatureProcessor(Same()).align(x[..., ::2, ::2].expand(-1, 2, -1, -1), flow)
-    assert torch.allclose(half[:, :1], warp(x[..., ::2, ::2], resize_flow(flow, (H//2, W//2)), padding='border'), atol=1e-6)
+        def forward(self, x): return torch.nn.functional.avg_pool2d(x, 4).expand(-1, 2, -1, -1)
+    y, x = pixel_grid((80, 64))
+    big = (torch.sin(y/9)+torch.cos(x/7)+torch.sin((x+2*y)/23))[None, None]
+    fixed, moving, flow = big[..., 8:72, 4:52], big[..., :64, :48], constant(8, 4, (64, 48))  # fixed(p) = moving(p+flow)
+    enc, net = Pooled(), MammoRegNet(width=2, depth=1)
+    net.flow = lambda fix, mov: (flow, torch.eye(2, 3)[None])  # what a perfect network would say
+    away = lambda a, b, n: (a-b)[..., :-2*n, :-n].abs().mean()
+    assert away(net(fixed, moving)['warped'], fixed, 4) < 1e-5 < .3 < away(moving, fixed, 4)
+    f, g = enc(fixed), enc(moving)
+    assert away(LongitudinalFeatureProcessor(enc).align(g, flow), f, 1) < .15*away(g, f, 1)  # half a cell at the border is what corners that are aligned cost
+    for wrong in (-flow, flow.flip(1)): assert away(LongitudinalFeatureProcessor(enc).align(g, wrong), f, 1) > .3*away(g, f, 1)
 
 def test_a_resized_constant_is_scaled():
     out = resize_flow(constant(4, -6), (20, 14))

@@ -6,7 +6,7 @@
 __all__ = ['VIEW_NAMES', 'Sample', 'TwoViewInputs', 'TwoViewTargets', 'TwoViewDataset', 'random_moves', 'move', 'upside_down',
            'Augment', 'Retype', 'SampleDL', 'labelled_rows', 'no_shared_patient', 'sample_dls', 'two_view_dls']
 
-# %% ../../nbs/data/30_samples.ipynb #b7fb89bb
+# %% ../../nbs/data/30_samples.ipynb #7b86f434
 import hashlib, json, random
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
 from .cache import PreparedCohort, check_prepared
 from .cohort import breasts
-from .gaze import gaze_to_heatmap, read_gaze
+from .gaze import NotInLog, gaze_to_heatmap, read_gaze
 from .splits import LeakError, check_split
 
 # %% ../../nbs/data/30_samples.ipynb #c4ef0a3e
@@ -71,7 +71,7 @@ def show(self:TwoViewTargets,
         ctx.contour((k+xs)*w, ys*h, g, levels=(.25, .6), colors='gold', linewidths=.7)
     return ctx
 
-# %% ../../nbs/data/30_samples.ipynb #c27e120b
+# %% ../../nbs/data/30_samples.ipynb #f8afe32d
 class TwoViewDataset:
     "Breasts of a prepared cohort as `(TwoViewInputs, TwoViewTargets)`"
     n_inp = 1
@@ -100,14 +100,14 @@ class TwoViewDataset:
             self.gazes = {i:self.draw_gaze(i, p, path) for i,p,path in zip(of.index, of.gaze_path, of.path)}
 
     def __len__(self): return len(self.rows)
-    def __repr__(self): return f'TwoViewDataset: {len(self)} breasts, {int((self.rows.label == 1).sum())} with cancer, {self.size[0]} x {self.size[1]}'
+    def __repr__(self): return f'TwoViewDataset: {len(self)} breasts, {int((self.rows.label == 1).sum())} with cancer, {self.size[0]} x {self.size[1]}' + (f', gaze on {sum(g is not None for g in self.gazes.values())} of {int(pd.notna(self.ids).sum())} pictures' if self.gaze else '')
     def new_empty(self): return TwoViewDataset.__new__(TwoViewDataset)._set(self)
     def _set(self, o):
         "Everything but pictures and rows: what an exported learner keeps"
         self.__dict__.update(o.__dict__, prepared=None, rows=o.rows[:0], ids=o.ids[:0], kept={}, gazes={}, gaze=False)
         return self
 
-# %% ../../nbs/data/30_samples.ipynb #d3fc589d
+# %% ../../nbs/data/30_samples.ipynb #54ee0517
 @patch
 def image(self:TwoViewDataset,
     image_id:str|None # of the images table; `None`: a missing view
@@ -124,7 +124,8 @@ def draw_gaze(self:TwoViewDataset,
 )->Tensor|None: # [slices,h,w], largest value of their sum 1, or `None` where nobody looked
     "The gaze map of a picture"
     pic = self.prepared.load(image_id)
-    g = read_gaze(self.prepared.cohort.file(gaze_path), shown_rows=self.gaze_shown_rows, shape=pic.stored_shape, image=path)
+    try: g = read_gaze(self.prepared.cohort.file(gaze_path), shown_rows=self.gaze_shown_rows, shape=pic.stored_shape, image=(image_id, path))
+    except NotInLog: return None  # the reader did not come to this picture
     if callable(self.gaze): g = self.gaze(image_id, g)
     if g is None: return None
     if not pic.spacing_mm: raise InputError(image_id, 'pixel spacing', pic.spacing_mm, 'a spacing: the width of the gaze blur is in mm')
@@ -295,7 +296,7 @@ def sample_dls(
         for o in loaders: o.rng = random.Random(seed)
     return DataLoaders(*loaders, device=device or default_device())
 
-# %% ../../nbs/data/30_samples.ipynb #22aa107c
+# %% ../../nbs/data/30_samples.ipynb #73160276
 def two_view_dls(
     prepared:PreparedCohort, # prepared pictures with a cohort that has splits
     bs:int=16, # breasts a batch
@@ -306,7 +307,7 @@ def two_view_dls(
     gaze_stride:int=8, # prepared pixels a cell of the gaze map
     gaze_sigma:float=6., # width of its blur, mm
     gaze_slices:int=1, # parts of a reading, a channel each
-    gaze_shown_rows:int|None=None, # of MicEye logs: how high the pictures were shown, 900 if the recorder was left alone; `None`: stored pixels
+    gaze_shown_rows:int|None=None, # of MicEye logs: how high the pictures were shown; `None`: stored pixels
     augment:Augment|None|bool=True, # `True`: `Augment()`; `None` or `False`: none; or your own
     in_memory:bool|str='auto', # keep the pictures, see `TwoViewDataset`
     seed:int|None=None, # of the order of the batches; `None`: from Python's global generator

@@ -28,14 +28,14 @@ from ..losses.mammonet import MammoNetLoss
 from ..metrics.bootstrap import auc
 from ..models.mammonet import MammoNet
 
-# %% ../../nbs/learners/20_mammonet.ipynb #11d3ee2c
+# %% ../../nbs/learners/20_mammonet.ipynb #d1903d5d
 VARIANTS = dict(cc=dict(views=('cc',)), mlo=dict(views=('mlo',)), cross_view=dict(), cross_view_bfl=dict(fusion=True), cross_view_gaze=dict(gaze=True),
                 mammonet=dict(fusion=True, gaze=True), mammonet_scanpath=dict(fusion=True, gaze=True, scan=True))
 
 def _check_gaze(ds, variant, gaze_weight, scan_weight, model):
     if not (gaze_weight or scan_weight): return
     read = sum(g is not None for g in ds.gazes.values())
-    if not ds.gaze or not read: raise InputError('mammonet_learner', f'gaze for {variant}', 'no training picture with gaze' if ds.gaze else 'loaders that read none', 'two_view_dls(..., gaze=True) of a cohort with gaze, or a variant without: cc, mlo, cross_view, cross_view_bfl')
+    if not ds.gaze or not read: raise InputError('mammonet_learner', f'gaze for {variant}', f'no training picture with gaze ({ds!r}; do the logs name these pictures?)' if ds.gaze else 'loaders that read none', 'two_view_dls(..., gaze=True) of a cohort with gaze, or a variant without: cc, mlo, cross_view, cross_view_bfl')
     if scan_weight and model is not None and model.slices != ds.gaze_slices: raise InputError('mammonet_learner', 'model.slices', model.slices, f'{ds.gaze_slices}, the gaze_slices of the loaders')
     if scan_weight and ds.gaze_slices < 2: raise InputError('mammonet_learner', 'gaze_slices', ds.gaze_slices, 'two_view_dls(..., gaze_slices=K) with K of 2 or more, for the order of the looks')
 
@@ -64,10 +64,11 @@ def mammonet_learner(
     v = VARIANTS[check_in(variant, tuple(VARIANTS), 'mammonet_learner', 'variant')]
     lam, mu, scan = (w*v.get(k, False) for k, w in (('gaze', gaze_weight), ('fusion', fusion_weight), ('scan', scan_weight)))
     _check_gaze(dls.train_ds, variant, lam, scan, model)
+    if model is not None and mu and not model.config['fusion']: raise InputError('mammonet_learner', 'model.fusion', False, f'True, for the fusion learning of {variant}')
     if model is not None and model_args: raise InputError('mammonet_learner', 'model_args', sorted(model_args), 'none beside a model of your own')
     if seed is not None: seed_everything(seed)
     if model is not None and tuple(model.views) != tuple(v.get('views', VIEW_NAMES)): raise InputError('mammonet_learner', 'model.views', model.views, f'{v.get("views", VIEW_NAMES)}, the views of {variant}')
-    if model is None: model = MammoNet(backbone, v.get('views', VIEW_NAMES), stride=stride, pretrained=pretrained, slices=dls.train_ds.gaze_slices if scan else 0, **(model_args or {}))
+    if model is None: model = MammoNet(backbone, v.get('views', VIEW_NAMES), stride=stride, pretrained=pretrained, fusion=bool(mu), slices=dls.train_ds.gaze_slices if scan else 0, **(model_args or {}))
     model = model.to(memory_format=torch.channels_last)
     model.description = dict(training=getattr(dls, 'description', None), variant=variant)
     loss = MammoNetLoss(lam, mu, scan, _class_weight(class_weight, dls.train_ds.rows.label.to_numpy()), **(loss_args or {})).to(dls.device)

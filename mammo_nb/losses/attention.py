@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['grad_cam', 'pyramid_down', 'gaussian_pyramid', 'pixel_norm', 'pyramid_loss', 'scanpath_loss']
 
-# %% ../../nbs/losses/05_attention.ipynb #da3a8e7c
+# %% ../../nbs/losses/05_attention.ipynb #05a1de38
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
+from .batch import in_full_precision, mean_of_all
 
 # %% ../../nbs/losses/05_attention.ipynb #a600bff8
 def grad_cam(
@@ -45,7 +46,7 @@ def gaussian_pyramid(
     while len(out) < levels and min(out[-1].shape[2:])/2 >= smallest: out.append(pyramid_down(out[-1]))
     return out
 
-# %% ../../nbs/losses/05_attention.ipynb #9e07d68c
+# %% ../../nbs/losses/05_attention.ipynb #a576e7a9
 def pixel_norm(
     x:Tensor, # [B,1,h,w]
     eps:float=1e-6 # added to the variance, in units of the largest value: constant maps give 0
@@ -55,6 +56,7 @@ def pixel_norm(
     d = (x-x.mean((2, 3), keepdim=True))/x.detach().abs().amax((2, 3), keepdim=True).clamp(min=1e-30)
     return (d/(d.square().mean((2, 3), keepdim=True)+eps).sqrt()).relu()
 
+@in_full_precision
 def pyramid_loss(
     cam:Tensor, # [B,h,w] what the network used, signed, any unit
     gaze:Tensor, # [B,1,g,u] (or [B,K,g,u], slices of one reading: their sum) where a reader looked
@@ -71,9 +73,10 @@ def pyramid_loss(
     h = F.interpolate(torch.where(there.view(-1, 1, 1), cam, 0.)[:, None].float(), size, mode='bilinear', align_corners=False)
     r = F.adaptive_avg_pool2d(gaze.sum(1, keepdim=True).float(), size)
     each = sum((pixel_norm(a)-pixel_norm(b)).square().mean((1, 2, 3)) for a, b in zip(gaussian_pyramid(h, levels), gaussian_pyramid(r, levels)))*there
-    return each if reduction == 'none' else each.sum()/there.sum().clamp(min=1)
+    return each if reduction == 'none' else mean_of_all(each, there)
 
-# %% ../../nbs/losses/05_attention.ipynb #15b1999f
+# %% ../../nbs/losses/05_attention.ipynb #32d36c41
+@in_full_precision
 def scanpath_loss(
     maps:Tensor, # [B,K,h,w] logits: where in part k of the reading
     gaze:Tensor, # [B,K,g,u] gaze maps of the parts, in order
@@ -90,4 +93,4 @@ def scanpath_loss(
     p = torch.where(there.view(-1, 1, 1, 1), maps, 0.).float().flatten(2).log_softmax(2)
     kl = (torch.xlogy(r, r)-r*p).sum(2)*looked
     each = kl.sum(1)/looked.sum(1).clamp(min=1)*there
-    return each if reduction == 'none' else each.sum()/there.sum().clamp(min=1)
+    return each if reduction == 'none' else mean_of_all(each, there)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['bidirectional_fusion_loss']
 
-# %% ../../nbs/losses/10_contrastive.ipynb #ffd8c4e6
+# %% ../../nbs/losses/10_contrastive.ipynb #10c7b76d
 import torch, torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
+from .batch import in_full_precision, mean_of_all
 
-# %% ../../nbs/losses/10_contrastive.ipynb #6b9a790b
+# %% ../../nbs/losses/10_contrastive.ipynb #dbf9d972
 def _everybody(x):
     "The rows of all processes with their gradients, and where ours begin"
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return x, 0
@@ -27,8 +28,9 @@ def _ask(given, answers, there, temperature):
     logits = (given @ everybody.T/temperature).masked_fill(seen[None] <= 0, -torch.inf)
     logits = torch.where(there[:, None] > 0, logits, 0.)
     each = F.cross_entropy(logits, torch.arange(len(given), device=given.device)+start, reduction='none')*(there > 0)
-    return each.sum()*(len(seen)//max(len(there), 1))/(seen > 0).sum().clamp(min=1)  # the mean over the processes is the mean over all
+    return mean_of_all(each, there > 0)
 
+@in_full_precision
 def bidirectional_fusion_loss(
     view:Tensor, # [B,D] representations of a view, p_v
     predicted:Tensor, # [B,D] what the fused vectors predict of them, N_v(I)

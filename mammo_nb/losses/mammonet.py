@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['MammoNetLoss']
 
-# %% ../../nbs/losses/15_mammonet.ipynb #378ec594
+# %% ../../nbs/losses/15_mammonet.ipynb #d6aef20f
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
 from .attention import pyramid_loss, scanpath_loss
+from .batch import mean_of_all
 from .contrastive import bidirectional_fusion_loss
 
-# %% ../../nbs/losses/15_mammonet.ipynb #0deedf14
+# %% ../../nbs/losses/15_mammonet.ipynb #5b074ce8
 class MammoNetLoss(nn.Module):
     "Weighted cross-entropy, gaze, fusion learning, scan path; of the outputs of `MammoNet`"
     def __init__(self,
@@ -25,22 +26,34 @@ class MammoNetLoss(nn.Module):
         levels:int=4, # of the pyramid
         explain:str='cancer', # the activation map of which class is compared with the gaze: always `cancer`, or the `truth`
         direction:str='paper', # of fusion learning, see `bidirectional_fusion_loss`
-        temperature:float=1. # of fusion learning
+        temperature:float=1., # of fusion learning
+        reduction:str='mean' # or `none`: [B], each breast's cross-entropy and the batch's other terms; their mean is the loss
     ):
         super().__init__()
         for k, v in dict(gaze_weight=gaze_weight, fusion_weight=fusion_weight, scan_weight=scan_weight).items(): setattr(self, k, check_range(v, 0, None, 'MammoNetLoss', k))
         check_range(pos_weight, 1e-6, None, 'MammoNetLoss', 'pos_weight'); check_in(direction, ('paper', 'mmim', 'symmetric'), 'MammoNetLoss', 'direction'); check_in(explain, ('truth', 'cancer'), 'MammoNetLoss', 'explain')
+        self.reduction = check_in(reduction, ('mean', 'none'), 'MammoNetLoss', 'reduction')
         self.register_buffer('w', torch.tensor(float(pos_weight)))
         self.levels, self.explain, self.direction, self.temperature = levels, explain, direction, temperature
 
     def activation(self, logit): return logit.sigmoid()
     def decodes(self, probability): return probability
 
-    def forward(self, pred:dict, targets:dict)->Tensor: # scalar
+    def forward(self, pred:dict, targets:dict)->Tensor: # scalar, or [B]
         weight = dict(bce=1., gaze=self.gaze_weight, fusion=self.fusion_weight, scan=self.scan_weight)
-        return sum(weight[k]*v for k, v in self.terms(pred, targets).items())
+        terms = self.terms(pred, targets)
+        if self.reduction == 'mean': return sum(weight[k]*v for k, v in terms.items())
+        each, there = self.cross_entropy(pred, targets)
+        return each*len(each)/there.sum().clamp(min=1) + sum(weight[k]*v for k, v in terms.items() if k != 'bce')
 
-# %% ../../nbs/losses/15_mammonet.ipynb #5d8051c5
+    def cross_entropy(self, pred, targets):
+        "Weighted cross-entropy of each breast [B], 0 where the label or the answer is not known; where they are"
+        y, z = targets['label'], pred['logit']
+        there = y.isfinite() & z.isfinite()
+        z, y = (torch.where(there, o.float(), 0.) for o in (z, y))
+        return F.binary_cross_entropy_with_logits(z+self.w.log(), y, pos_weight=self.w, reduction='none')*there, there
+
+# %% ../../nbs/losses/15_mammonet.ipynb #3daeb78c
 def _views(pred): return [(i, v) for i, v in enumerate(('cc', 'mlo')) if f'cam_{v}' in pred]
 
 @patch
@@ -63,17 +76,14 @@ def terms(self:MammoNetLoss,
     targets:dict # `label [B]` (NaN: not known), `gaze_cc`, `gaze_mlo [B,K,g,u]`, `has_gaze [B,2]`
 )->dict: # `bce`, and those of `gaze`, `fusion`, `scan` that have a weight; unweighted
     "The parts of the loss"
-    y, z = targets['label'], pred['logit']
-    there = y.isfinite() & z.isfinite()
-    zz, yy = (torch.where(there, o.float(), 0.) for o in (z, y))
-    each = F.binary_cross_entropy_with_logits(zz+self.w.log(), yy, pos_weight=self.w, reduction='none')*there
-    out = dict(bce=each.sum()/there.sum().clamp(min=1))
+    out = dict(bce=mean_of_all(*self.cross_entropy(pred, targets)))
     gaze = lambda: torch.cat([targets[f'gaze_{v}'] for _, v in _views(pred)])
     if self.gaze_weight:
         cam, has = self.looked(pred, targets)
-        if self.explain == 'truth': cam = cam*(2*yy-1).repeat(len(_views(pred))).view(-1, 1, 1)
+        if self.explain == 'truth': cam = cam*(2*targets['label'].nan_to_num().float()-1).repeat(len(_views(pred))).view(-1, 1, 1)
         out['gaze'] = pyramid_loss(cam, gaze(), has, self.levels)
     if self.fusion_weight:
+        if not pred['predicted']: raise InputError('MammoNetLoss', 'fusion_weight', self.fusion_weight, '0, or a MammoNet(fusion=True)')
         out['fusion'] = sum(bidirectional_fusion_loss(p, q, self.direction, self.temperature, t) for p, q, t in zip(pred['vectors'], pred['predicted'], pred['present']))
     if self.scan_weight:
         if 'scan_cc' not in pred and 'scan_mlo' not in pred: raise InputError('MammoNetLoss', 'scan_weight', self.scan_weight, '0, or a MammoNet(slices=K) and loaders with gaze_slices=K')

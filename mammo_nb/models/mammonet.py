@@ -14,7 +14,7 @@ from ..losses.attention import grad_cam
 from .blocks import CrossViewAttention, those_there
 from .two_view import make_encoder
 
-# %% ../../nbs/models/20_mammonet.ipynb #0e1dc12a
+# %% ../../nbs/models/20_mammonet.ipynb #5ee073c5
 def pooled(
     f:Tensor, # [B,C,h,w]
     pool:str='mean' # `mean`, or `peak`: of the largest tenth of the cells
@@ -32,13 +32,14 @@ class FusionHead(nn.Module):
         embed:int=256, # length of a view's vector
         hidden:int=128, # of the fused vector
         pool:str='mean', # see `pooled`
-        dropout:float=0. # of the fused vector, in training
+        dropout:float=0., # of the fused vector, in training
+        fusion:bool=True # layers that foretell each view's vector from the fused one, for fusion learning
     ):
         super().__init__()
         self.pool = check_in(pool, ('mean', 'peak'), 'FusionHead', 'pool')
         self.reduce = nn.ModuleList(nn.Linear(channels, embed) for _ in range(views))
         self.fuse = nn.Sequential(nn.Linear(views*embed, embed), nn.ReLU(), nn.Linear(embed, hidden), nn.ReLU(), nn.Dropout(dropout))
-        self.logit, self.predict = nn.Linear(hidden, 1), nn.ModuleList(nn.Linear(hidden, embed) for _ in range(views))
+        self.logit, self.predict = nn.Linear(hidden, 1), nn.ModuleList(nn.Linear(hidden, embed) for _ in range(views*fusion))
 
     def forward(self,
         maps, # one a view
@@ -48,7 +49,7 @@ class FusionHead(nn.Module):
         i = self.fuse(torch.cat(p, 1))
         return dict(logit=self.logit(i)[:, 0], fused=i, vectors=p, predicted=[n(i) for n in self.predict])
 
-# %% ../../nbs/models/20_mammonet.ipynb #624e6bdb
+# %% ../../nbs/models/20_mammonet.ipynb #54253206
 class MammoNet(nn.Module):
     "Two views -> the logit of malignancy, class-activation maps, and what the losses ask for"
     system = 'mammonet'
@@ -66,6 +67,7 @@ class MammoNet(nn.Module):
         embed:int=256, # length of a view's vector
         hidden:int=128, # of the fused vector
         pool:str='mean', # see `pooled`
+        fusion:bool=True, # layers for fusion learning
         slices:int=0, # parts of a reading that are foretold; 0: none
         create_graph:bool=False, # see `losses.attention.grad_cam`
         **kwargs # go to the encoder
@@ -73,13 +75,13 @@ class MammoNet(nn.Module):
         super().__init__()
         if not views or len(set(views)) != len(views): raise InputError('MammoNet', 'views', repr(views), 'one or both of cc, mlo, each once')
         self.views, self.create_graph, self.slices = tuple(check_in(v, ('cc', 'mlo'), 'MammoNet', 'views') for v in views), create_graph, check_range(slices, 0, 100, 'MammoNet', 'slices', whole=True)
-        self.config = dict(backbone=backbone, views=list(views), attention=attention, stride=stride, shared=shared, heads=heads, head_dim=head_dim, source_pool=source_pool, dropout=dropout, embed=embed, hidden=hidden, pool=pool, slices=slices, create_graph=create_graph, **kwargs)
+        self.config = dict(backbone=backbone, views=list(views), attention=attention, stride=stride, shared=shared, heads=heads, head_dim=head_dim, source_pool=source_pool, dropout=dropout, embed=embed, hidden=hidden, pool=pool, fusion=fusion, slices=slices, create_graph=create_graph, **kwargs)
         halves = [make_encoder(backbone, stride, pretrained, **kwargs) for _ in range(1 if shared else len(views))]
         self.stride, channels = halves[0].stride, halves[0].channels
         first, last, between = zip(*(e.split() for e in halves))
         self.first, self.last = nn.ModuleList(first), nn.ModuleList(last)
         self.attend = nn.ModuleList(CrossViewAttention(between[0], heads, head_dim, dropout, source_pool=source_pool) for _ in halves) if attention and len(views) == 2 else None
-        self.head = FusionHead(channels, len(views), embed, hidden, pool, dropout)
+        self.head = FusionHead(channels, len(views), embed, hidden, pool, dropout, fusion)
         self.scan = nn.Conv2d(channels, slices, 1) if slices else None
 
     def of(self, parts, i): return parts[i if len(parts) > 1 else 0]  # the part of view i, shared or not

@@ -91,5 +91,5 @@ def five_years(tour, s): # the tour and the empty section to fill
     s.figure(risk_curves(table), 'Test patients. Red: a cancer within five years.', fmt='svg')
     e = evaluate_risk(table, n_boot=tour.config.n_boot).set_index('metric').loc['c_index']
     flat = c_index(table.time, table.event, np.full(len(table), .1), tau=5.)
-    s.text(f"Uno's C-index on {int(e.n)} breasts of {int(e.n_groups)} test patients: **{e.value:.2f} ({e.low:.2f}-{e.high:.2f})**; a constant gets {flat:.2f}." if np.isfinite(e.value) else 'Too few test patients for a C-index.')
+    s.text(f"Uno's C-index on {int(e.n)} breasts of {int(e.n_groups)} test patients: **{e.value:.2f} ({e.low:.2f}-{e.high:.2f})**; a constant gets {flat:.2f}. Most cancers here are found at the exam that is read, so this is detection more than foresight." if np.isfinite(e.value) else 'Too few test patients for a C-index.')
     s.note('A model of a few dozen women and a minute of training: the interval says how little that proves. The comparison with hundreds of patients, with the current exam alone and with the unaligned prior is `make bench NAME=lmvnet`; its results are on the page of the tutorial.')
