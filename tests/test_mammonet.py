@@ -11,7 +11,7 @@ from mammo_nb.data.prepare import PrepareConfig
 from mammo_nb.data.samples import Augment, TwoViewDataset, two_view_dls
 from mammo_nb.learners.mammonet import attention_maps, mammonet_learner
 from mammo_nb.learners.two_view import predict
-from mammo_nb.losses.attention import gaussian_pyramid, grad_cam, pyramid_loss
+from mammo_nb.losses.attention import gaussian_pyramid, grad_cam, pyramid_loss, scanpath_loss
 from mammo_nb.losses.contrastive import bidirectional_fusion_loss
 from mammo_nb.losses.mammonet import MammoNetLoss
 from mammo_nb.models.blocks import CrossViewAttention
