@@ -28,7 +28,7 @@ from ..losses.mammonet import MammoNetLoss
 from ..metrics.bootstrap import auc
 from ..models.mammonet import MammoNet
 
-# %% ../../nbs/learners/20_mammonet.ipynb #d1903d5d
+# %% ../../nbs/learners/20_mammonet.ipynb #31bdaab0
 VARIANTS = dict(cc=dict(views=('cc',)), mlo=dict(views=('mlo',)), cross_view=dict(), cross_view_bfl=dict(fusion=True), cross_view_gaze=dict(gaze=True),
                 mammonet=dict(fusion=True, gaze=True), mammonet_scanpath=dict(fusion=True, gaze=True, scan=True))
 
@@ -39,6 +39,7 @@ def _check_gaze(ds, variant, gaze_weight, scan_weight, model):
     if scan_weight and model is not None and model.slices != ds.gaze_slices: raise InputError('mammonet_learner', 'model.slices', model.slices, f'{ds.gaze_slices}, the gaze_slices of the loaders')
     if scan_weight and ds.gaze_slices < 2: raise InputError('mammonet_learner', 'gaze_slices', ds.gaze_slices, 'two_view_dls(..., gaze_slices=K) with K of 2 or more, for the order of the looks')
 
+# %% ../../nbs/learners/20_mammonet.ipynb #aaff6040
 @delegates(Learner.__init__)
 def mammonet_learner(
     dls:DataLoaders, # from `two_view_dls`, with `gaze=True` for the variants with gaze

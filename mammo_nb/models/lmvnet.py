@@ -84,7 +84,7 @@ def forward(self:LongitudinalFeatureProcessor,
     old, d = (torch.where(none, v.view(1, -1, 1, 1).to(o.dtype), o) for v, o in zip(self.nothing, (old, mix(d))))
     return torch.cat([now, old, d], 1), w
 
-# %% ../../nbs/models/15_lmvnet.ipynb #fcd8b7b7
+# %% ../../nbs/models/15_lmvnet.ipynb #ad72af3d
 def by_rows(
     module:nn.Module, # in training, and wherever gradients are wanted, all rows go at once
     f, # its result has the rows of what it gets, and none of them depends on another
@@ -101,6 +101,7 @@ def by_rows(
         out[:, i:i+rows] = o
     return out
 
+# %% ../../nbs/models/15_lmvnet.ipynb #99124f78
 class Attention(nn.Module):
     "Multi-head attention of one set of tokens to another, weights never written down"
     def __init__(self,
