@@ -3,6 +3,8 @@ import math, multiprocessing as mp
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn import functional as F
+import mammo_nb.core.fastai_import
+from fastai import distributed  # gives learners `to_parallel`
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.cache import prepare_cohort
 from mammo_nb.data.gaze import disturb_gaze, gaze_to_heatmap, read_gaze
