@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairBatch', 'PairMetric', 'tre_mm', 'folded', 'matched', 'registration_learner', 'evaluate_registration']
 
-# %% ../../nbs/learners/10_registration.ipynb #62d54e52
+# %% ../../nbs/learners/10_registration.ipynb #a65b8e83
 import time
 from functools import partial
 import numpy as np, pandas as pd, torch
@@ -53,7 +53,7 @@ class PairMetric(Metric):
     def reset(self): self.each = []
     def accumulate(self, learn): self.each += self.f(learn.pair_batch.out, learn.pair_batch.targets).detach().cpu().tolist()
 
-# %% ../../nbs/learners/10_registration.ipynb #72b73117
+# %% ../../nbs/learners/10_registration.ipynb #03138084
 def tre_mm(
     out:dict, # of the network: `flow` [B,2,H,W], `warped` [B,1,H,W]
     y:dict # of the batch: `flow` [B,2,H,W], `inside`, `fixed` [B,1,H,W], `spacing_mm` [B]
@@ -100,7 +100,7 @@ def registration_learner(
     own = [PairBatch(), KeepBest('valid_loss'), *([] if folder is None else [Resumable(folder)])]
     return Learner(dls, model, RegistrationLoss(smooth, fold, inverse, window), opt_func=partial(Adam, decouple_wd=False), lr=lr, wd=wd, metrics=metrics, cbs=[*own, *(cbs or [])], **kwargs)
 
-# %% ../../nbs/learners/10_registration.ipynb #14fe8448
+# %% ../../nbs/learners/10_registration.ipynb #cf93e7de
 def evaluate_registration(
     registration, # `(fixed, moving)` [1,1,H,W] -> flow, or a dictionary with `flow`; `None`: nothing is moved
     ds:PairDataset, # pairs, with known flows for `tre_mm`
