@@ -106,7 +106,7 @@ def risk_learner(
     own = [NamedOutput('risk_multi', 'target'), KeepBest('c_index'), *_recipe(recipe, warmup), *([] if folder is None else [Resumable(folder)])]
     splitter = encoder_last_rate if encoder_rate != 1 else (lambda m: L([params(m)]))
     rate = slice(lr*encoder_rate, lr) if encoder_rate != 1 and len(splitter(model)) > 1 else lr
-    return Learner(dls, model, RiskObjective(model, RiskLoss(head_weights)), opt_func=Adam, lr=rate, wd=wd, splitter=splitter, metrics=[RiskCIndex(), *L(metrics)], cbs=[*own, *L(cbs)], **kwargs)
+    return Learner(dls, model.to(memory_format=torch.channels_last), RiskObjective(model, RiskLoss(head_weights)), opt_func=Adam, lr=rate, wd=wd, splitter=splitter, metrics=[RiskCIndex(), *L(metrics)], cbs=[*own, *L(cbs)], **kwargs)
 
 # %% ../../nbs/learners/15_risk.ipynb #88c8d863
 @delegates(risk_learner)
