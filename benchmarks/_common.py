@@ -87,7 +87,8 @@ class Bench:
         return not self.fixed['commit'].endswith('+') and any(r['variant'] == variant and r['metric'] == metric and all(r[k] == self.fixed[k] for k in same) for r in self.rows())
 
     def add(self, variant, metric, value, ci_low='', ci_high='', n='', seconds=None):
-        "Append a row, now"
+        "Append a row, now; not one that is there already"
+        if self.done(variant, metric): return
         number = lambda v: v if v == '' else f'{float(v):.6g}'
         row = dict(self.fixed, variant=variant, metric=metric, value=number(value), ci_low=number(ci_low), ci_high=number(ci_high), n=n,
                    seconds=f'{time.time()-self.start if seconds is None else seconds:.1f}', peak_gib=f'{peak_gib():.2f}')

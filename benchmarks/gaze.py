@@ -2,7 +2,8 @@
 
 The patients, the network and the recipe of `mammonet`, row `cross_view_gaze`, with gaze made worse in training: every place thrown about
 (`noise` of each fixation, standard deviation in mm), every picture's fixations shifted by a distance in a random direction (`offset`, mm: a calibration
-that is off), or no gaze at all for a fraction of the patients (`missing`). One training a level and training seed; beside them the
+that is off), or no gaze at all for a fraction of the patients (`missing`). `noise_0` is the reading's fixations as they are, the zero of the
+first two. One training a level and training seed: the intervals hold what patients vary, not what trainings vary. Beside them the
 network without gaze and with all of it, and `explain_truth`: with all of it, but in breasts without cancer the map that speaks *against*
 cancer is compared with the gaze. Trainings that `mammonet` has finished are used again.
 """
@@ -14,7 +15,7 @@ from benchmarks._common import Bench, cores, options
 from benchmarks.mammonet import METRICS, NET, SIZE, TRAIN, estimate, folder_of, in_silico, trained
 from mammo_nb.data.insilico import Settings, settings_name
 
-LEVELS = dict(noise=(5, 10, 20), offset=(5, 10, 20), missing=(.5, .75, .9))
+LEVELS = dict(noise=(0, 5, 10, 20), offset=(5, 10, 20), missing=(.5, .75, .9))
 
 def main():
     a = options(__doc__, patients=1400, epochs=4, train_seeds=[0])

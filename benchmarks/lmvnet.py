@@ -6,7 +6,8 @@ and with three training seeds each: `current_exam` (CC and MLO of now), then fro
 `lmvnet_no_prior` is the trained `lmvnet` asked without priors; `density` knows the density alone; `oracle` is the risk of a
 reader who sees all that the pictures contain (`data.known_truth`). Every breast of the test patients at their last exam; metrics
 are averaged over the training seeds, intervals are from a bootstrap over patients (so they hold what patients vary, not what
-trainings vary). The recipe was chosen on data seed 1000, which no row of the results is measured on.
+trainings vary). The recipe was chosen on data seed 1000, which no row of the results is measured on; but that another recipe was sought
+at all is because the one before (stride 8, a shorter training) had been measured on seed 0, where the aligned prior gained nothing.
 
 What the numbers are of: a patient's last exam is most often the one at which her cancer is found, so nearly all events lie at
 that exam, and `c_index` is for the greater part *detection* (the row `prevalent` has the share of the events that come within half a
@@ -64,7 +65,7 @@ def train(kind, seed, prepared, rows, flows, epochs, folder):
     first, begins = folder/f'current_exam_{seed}.pt', kind in ('lmvnet', 'unaligned')
     while begins and not first.exists(): time.sleep(1)
     start = time.time()
-    encoder = None if not begins else {k.removeprefix('encoder.'): v for k, v in torch.load(first, weights_only=True).items() if k.startswith('encoder.')}
+    encoder = None if not begins else {k.removeprefix('encoder.'): v for k, v in torch.load(first, map_location='cpu', weights_only=True).items() if k.startswith('encoder.')}
     dls = loaders(prepared, rows, flows if kind == 'lmvnet' else None, seed)
     learn = risk_learner(dls, model_of(kind, seed, encoder), recipe=None, encoder_rate=SAMPLES['encoder_rate'] if encoder else 1, lr=RATE[kind], wd=SAMPLES['wd'], folder=folder/f'{kind}_{seed}')
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
@@ -108,7 +109,7 @@ def main():
     rows = breast_history(prepared.cohort, current='last')
     flows = folder/'flows.pt'
     if not flows.exists(): torch.save(prior_flows(RiskDataset(prepared, rows, in_memory=False), net), flows.with_suffix('.part')); flows.with_suffix('.part').replace(flows)
-    flows = torch.load(flows, weights_only=True)
+    flows = torch.load(flows, map_location='cpu', weights_only=True)
     # those that begin from another's encoder stand behind it in the queue, and wait for its file
     jobs = [(k, s) for s in a.train_seeds for k in ('current_exam',)] + [(k, s) for s in a.train_seeds for k in ('lmvnet', 'unaligned', 'density')]
     epochs = dict(current_exam=a.first_epochs, density=a.first_epochs, lmvnet=a.epochs, unaligned=a.epochs)

@@ -6,7 +6,9 @@ Table 1 of Mammo-Net, the scan path, and Mammo-Net with the gaze of half of the 
 seeds each. AUC and accuracy (at 0.5) of the breasts, attention in the lesion and pointing game of the pictures with a malignant
 lesion, of the test patients; averaged over the training seeds, intervals from a bootstrap over patients. The best single view is the
 one with the higher AUC *on the test patients*: the choice favours the rival. `mean_of_views` is the mean of what the two single-view
-networks say: two views that do not look at each other. The recipe, the number of patients and that of epochs were chosen on data seed
+networks say: two views that do not look at each other, but also two encoders that have seen half as many pictures in each step. A map
+on which nothing speaks for cancer counts as one that is even everywhere (`silent`: the share of such lesions); `attention_both_speak` is
+the difference on the lesions on which neither of two rows is silent, in no training; no row where these are fewer than ten. The recipe, the number of patients and that of epochs were chosen on data seed
 1000, before any row of another seed was known; no row of the results is measured on it.
 
 What differs from the paper beside the size of pictures and network: a weight of the gaze of 1.5 (paper 0.5), pooling over the strongest
@@ -16,7 +18,7 @@ where something speaks for cancer (`explain`).
 
 What is finished is kept below `.cache/`, so a stopped run goes on where it was.
 """
-import sys, time
+import inspect, sys, time
 from pathlib import Path
 import pandas as pd, torch
 from joblib import Parallel, delayed
@@ -61,7 +63,8 @@ def worse(kind, level, cohort, seed):
 
 def trained(row, seed, prepared, epochs, folder, spoiled=None):
     "Test predictions and localisation of one training; made once. `spoiled`: (kind, level) of the gaze of `cross_view_gaze`"
-    paths = [folder/f'{row}_{seed}_{k}.parquet' for k in ('said', 'found')]
+    name = row if spoiled is None else f'{spoiled[0]}_{spoiled[1]:g}'
+    paths = [folder/f'{name}_{seed}_{k}.parquet' for k in ('said', 'found')]
     if all(p.exists() for p in paths): return tuple(pd.read_parquet(p) for p in paths)
     torch.set_num_threads(1) # one training a core is faster than two threads a training
     seed_everything(seed); start = time.time()
@@ -75,7 +78,10 @@ def trained(row, seed, prepared, epochs, folder, spoiled=None):
     print(f'  trained {row}, seed {seed}: {time.time()-start:.0f} s, best epoch {learn.keep_best.epoch_of_best+1} of {epochs}', flush=True)
     return out
 
-def folder_of(base, epochs): return base/f'mammonet_{tag(SIZE, NET, TRAIN, epochs)}_{code_hash("mammo_nb.learners.mammonet", "mammo_nb.data.cache")[:12]}'
+def folder_of(base, epochs):
+    "Where trainings of these settings and of this code are kept"
+    recipe = tag(SIZE, NET, TRAIN, epochs, PER_DEGREE, inspect.getsource(worse), inspect.getsource(trained))
+    return base/f'mammonet_{recipe}_{code_hash("mammo_nb.learners.mammonet", "mammo_nb.metrics.localization", "mammo_nb.data.cache")[:12]}'
 
 def mean_of_views(cc, mlo):
     "Predictions of two networks, averaged breast by breast; no attention map"
@@ -88,22 +94,24 @@ def called(t): return t.assign(value=(t.value >= .5).astype(float))
 
 def estimate(a, metric, b=None):
     "A metric of one row of the table, or the paired difference of two"
-    if metric in ('attention_in_lesion', 'pointing_game'):
+    if metric not in ('auc', 'acc'):
         both = None if b is None else set(a[0][1].image_id) & set(b[0][1].image_id)  # a single-view row has the pictures of its view
+        if metric == 'attention_both_speak': both -= {i for _, f in (*a, *b) for i in f.image_id[f.silent > 0]}; metric = 'attention_in_lesion'
+        if both is not None and len(both) < 10: return None
         found = lambda r: [f if both is None else f[f.image_id.isin(both)] for _, f in r]
         return localization_ci(found(a), metric, None if b is None else found(b))
     f, table = (auc, lambda t: t) if metric == 'auc' else (accuracy, called)
     said = lambda r: [table(s) for s, _ in r]
     return bootstrap_ci(said(a), f) if b is None else paired_difference(said(a), said(b), f)
 
-METRICS = ('auc', 'acc', 'attention_in_lesion', 'pointing_game')
+METRICS = ('auc', 'acc', 'attention_in_lesion', 'pointing_game', 'silent')
 
 def main():
     a = options(__doc__, patients=1400, epochs=4, train_seeds=[0, 1, 2])
     name = settings_name(Settings(seed=a.seed, exams=1, shortcut=True))
     config = dict(cohort=name, patients=a.patients, size=SIZE, epochs=a.epochs, net=NET, train=TRAIN)
     bench = Bench('mammonet', a.seed, config, f'about {round(a.patients/1000*(6+.55*a.epochs*len(a.train_seeds)/3*len(ROWS)*3/2))} minutes on 2 cores, most of it to train {len(ROWS)*len(a.train_seeds)} models', train_seeds=a.train_seeds)
-    if bench.done('half_gaze - half_gain', 'pointing_game'): return print('  all rows are there already, for this commit and these settings')
+    if bench.done('half_gaze - half_gain', METRICS[-1]): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
     folder = folder_of(base, a.epochs)
     jobs = [(r, s) for s in a.train_seeds for r in ROWS]
@@ -117,8 +125,11 @@ def main():
         for m in METRICS: e = estimate(each, m); bench.add(r, m, e.value, e.low, e.high, n=e.n)
     gain = [*runs['cross_view'], *runs['cross_view_gaze']] # their mean is half of the gain above the row without gaze
     best = max(('cc', 'mlo'), key=lambda v: bootstrap_ci([s for s, _ in runs[v]], auc, n_boot=10).value)
+    e = estimate(runs[best], 'auc'); bench.add(f'best_single: {best}', 'auc', e.value, e.low, e.high, n=e.n)
     for x, y, text in (('cross_view', best, 'best_single'), ('cross_view_bfl', 'cross_view', None), ('cross_view_gaze', 'cross_view', None), ('mammonet', 'cross_view_gaze', None), ('mammonet_scanpath', 'mammonet', None), ('half_gaze', 'cross_view', None)):
-        for m in METRICS: e = estimate(runs[x], m, runs[y]); bench.add(f'{x} - {text or y}', m, e.value, e.low, e.high, n=e.n)
+        for m in (*METRICS, 'attention_both_speak'):
+            e = estimate(runs[x], m, runs[y])
+            if e is not None: bench.add(f'{x} - {text or y}', m, e.value, e.low, e.high, n=e.n)
     for m in METRICS: e = estimate(runs['half_gaze'], m, gain); bench.add('half_gaze - half_gain', m, e.value, e.low, e.high, n=e.n)
 
 if __name__ == '__main__': main()

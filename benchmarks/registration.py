@@ -6,7 +6,7 @@ mean target registration error with every pixel of the breast as a landmark; sec
 with all cores. SimpleITK is its affine map and then Thirion's demons, with the smoothing that served it best; its B-spline was three times
 slower and twice as far off on the patients of data seed 1000. `simpleitk_half` is the same on pictures of half the size, which is
 what the network and its refinement work on: the fairer rival. The recipe was chosen on the same data seed, which no row of the results
-is measured on.
+is measured on; but that another refinement was sought is because the one before had been measured on seed 0, where it lost to SimpleITK.
 
 `mammoregnet` is one forward pass; `mammoregnet_refined` is that, averaged over a neighbourhood, and then ten steps of descent on
 each pair, on a coarse grid and pictures of half the size (`Refined`).
@@ -44,7 +44,7 @@ def trained(prepared, base, epochs, seed=0):
     folder = base/f'registration_{tag(SIZE, NET, LOSS, epochs, seed)}_{code_hash("mammo_nb.learners.registration", "mammo_nb.registration.mammoregnet")[:12]}'
     path = folder/'mammoregnet.pt'
     net = MammoRegNet(**NET)
-    if path.exists(): net.load_state_dict(torch.load(path, weights_only=True)); return net.eval()
+    if path.exists(): net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)); return net.eval()
     dls = pair_dls(prepared, bs=8, seed=seed, known=False)
     learn = registration_learner(dls, net, **LOSS, seed=seed, folder=folder)
     with learn.no_bar(): learn.fit_one_cycle(epochs, 1e-3)

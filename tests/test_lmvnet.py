@@ -1,11 +1,13 @@
 """LMV-Net: its parts by hand, what may not change in training, and a training that is killed."""
 import os, signal, subprocess, sys, textwrap, time
+from types import SimpleNamespace
 import pandas as pd, pytest, torch
 import mammo_nb.core.fastai_import
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
+from fastai.torch_core import to_detach
 from timm.layers import DropPath
 from torch import nn
 from mammo_nb.core.seeding import seed_everything
@@ -16,9 +18,10 @@ from mammo_nb.data.prepare import PrepareConfig
 from mammo_nb.core.errors import InputError
 from mammo_nb.data.risk_samples import RiskDataset, breast_history, risk_dls
 from mammo_nb.learners.registration import registration_learner
-from mammo_nb.learners.risk import lmvnet_learner, predict, risk_learner
-from mammo_nb.models.lmvnet import Attention, LMVNet, LongitudinalFeatureProcessor, UnalignedRisk
-from mammo_nb.models.risk import BaseRiskModel, ContinuousPosEncoding, CurrentExamRisk, CumulativeProbabilityLayer
+from mammo_nb.learners.risk import RiskCIndex, lmvnet_learner, predict, risk_learner
+from mammo_nb.metrics.survival import c_index
+from mammo_nb.models.lmvnet import Attention, DualStreamBlock, LMVNet, LongitudinalFeatureProcessor, UnalignedRisk
+from mammo_nb.models.risk import BaseRiskModel, ContinuousPosEncoding, CurrentExamRisk, CumulativeProbabilityLayer, DensityRisk
 from mammo_nb.registration.mammoregnet import MammoRegNet
 
 def batch(b=2, size=(64, 48), seed=0):
@@ -67,6 +70,16 @@ def test_nothing_changed_means_the_time_alone():
     with torch.no_grad(): f, _ = p(x, x, gap)
     assert torch.allclose(f[:, :4], f[:, 4:8]) and torch.allclose(f[:, 8:], p.time.code(gap)[..., None, None].expand(2, 4, 6, 8), atol=1e-6)
 
+def test_a_registration_that_moves_nothing_changes_nothing():
+    "The untrained network's flow, through warping and resizing"
+    seed_everything(0)
+    p, x, gap = LongitudinalFeatureProcessor(Same(), 'abs').eval(), torch.rand(2, 1, 64, 48), torch.tensor([[1.], [3.]])
+    with torch.no_grad():
+        flow = MammoRegNet(width=2, depth=1).eval()(x, x)['flow'][:, None]
+        f, _ = p(x, x, gap, flow=flow)
+    assert flow.abs().max() < 1e-5 and torch.allclose(f[:, :4], f[:, 4:8], atol=1e-5)
+    assert torch.allclose(f[:, 8:], p.time.code(gap)[..., None, None].expand(2, 4, 64, 48), atol=1e-4)
+
 def test_the_prior_that_is_concatenated_is_the_aligned_one():
     x, flow = torch.rand(1, 1, 10, 14), torch.zeros(1, 1, 2, 10, 14); flow[:, :, 1] = 2
     with torch.no_grad(): aligned, raw = (LongitudinalFeatureProcessor(Same(), prior_mode=m).eval()(x, x, torch.ones(1, 1), flow=flow)[0][:, 4:5] for m in ('aligned', 'raw'))
@@ -96,6 +109,42 @@ def test_drop_path_keeps_the_mean():
     torch.manual_seed(0)
     d, x = DropPath(.2), torch.ones(20000, 1)
     assert abs(float(d.train()(x).mean())-1) < .02 and torch.equal(d.eval()(x), x)  # standard error .0035
+
+def test_blocks_drop_whole_paths_sample_by_sample():
+    torch.manual_seed(0)
+    block, there = DualStreamBlock(12, 2, dropout=0., drop_path=.5), (torch.ones(64),)*2
+    views = tuple(torch.randn(1, 5, 12).expand(64, -1, -1) for _ in range(2))  # 64 times the same breast
+    with torch.no_grad(): out = block.train()(views, there)[0]; alone = block.norm2[0](block.norm1[0](views[0][:1])); still = block.eval()(views, there)[0]
+    kinds = lambda o: len(torch.unique(torch.cdist(o.flatten(1), o.flatten(1)) < 1e-3, dim=0))
+    assert (kinds(out), kinds(still)) == (4, 1)  # attention kept or not, FFN kept or not; in use nothing is left out
+    assert (out-alone).abs().amax((1, 2)).min() < 1e-5  # both left out: two norms
+
+# several processes
+
+def _rank(rank, path, out):
+    os.environ.update(WORLD_SIZE='2', RANK=str(rank))
+    torch.distributed.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0); net = nn.parallel.DistributedDataParallel(DensityRisk())
+        metric, (risk, time, event) = RiskCIndex(), _known()
+        for part in (slice(rank*20, rank*20+10), slice(rank*20+10, rank*20+20)):
+            said = SimpleNamespace(named=dict(risk_multi=risk[part]), named_targ=dict(event_times=time[part], event_observed=event[part]))
+            metric.accumulate(SimpleNamespace(model=net, to_detach=to_detach, named_output=said))
+        out.put(metric.value)
+    finally: torch.distributed.destroy_process_group()
+
+def _known():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(40, 5, generator=g).cumsum(1), torch.randint(0, 5, (40,), generator=g), (torch.rand(40, generator=g) < .5).long()
+
+def test_several_processes_agree_on_the_metric_of_all_breasts(tmp_path):
+    ctx = torch.multiprocessing.get_context('spawn'); out = ctx.Queue()
+    ps = [ctx.Process(target=_rank, args=(r, tmp_path/'store', out)) for r in range(2)]
+    for p in ps: p.start()
+    found = [out.get(timeout=120) for _ in ps]
+    for p in ps: p.join()
+    risk, time, event = _known()
+    assert found == pytest.approx([c_index(time.numpy()+1., event.numpy(), *risk.sigmoid().double().numpy().T, tau=5.)]*2, abs=1e-6)
 
 # freezing and resuming
 
@@ -154,6 +203,9 @@ def test_a_killed_training_ends_with_the_same_weights(prepared, tmp_path):
         assert epochs == [f'epoch {k}' for k in range(2 if name == 'killed' else 0, 4)], out
     a, b = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('killed', 'whole'))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (torch.load(tmp_path/n/'checkpoint.pt', weights_only=True) for n in ('killed', 'whole'))  # of the last epoch, whichever was the best
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in b['model']) and all(torch.equal(s[k], t[k]) for s, t in zip(a['opt']['state'], b['opt']['state'], strict=True) for k in t if isinstance(t[k], torch.Tensor))
+    assert [r[:-1] for r in a['values']] == [r[:-1] for r in b['values']] and len(a['values']) == 4 and torch.equal(a['generators']['torch'], b['generators']['torch'])
 
 # fastai's own tools
 

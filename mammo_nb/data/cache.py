@@ -286,6 +286,7 @@ class PreparedCohort:
         self.cohort, self.cache, self.config, self.keys = cohort, cache, config, keys
         self.failures, self.made, self.reused = failures, made, reused
         self._source = {name: (Path(path), side) for name, path, side in _sources(cohort)[0]}
+        self._spacing = cohort.images.set_index('image_id').pixel_spacing_mm.dropna().to_dict() if 'pixel_spacing_mm' in cohort.images else {}
         self._boxes = {k: g[['xmin', 'ymin', 'xmax', 'ymax']].to_numpy(float) for k, g in cohort.findings.groupby('image_id')}
 
     def __len__(self): return len(self.keys)
@@ -296,9 +297,9 @@ class PreparedCohort:
     )->Prepared: # raises `KeyError` for an image that is not there
         "A prepared image; made again if its file has changed, from the cache alone if its file is gone"
         key, (path, side) = self.keys[image_id], self._source[image_id]
-        if path.exists(): return self.cache.prepare(path, side, self.config)
-        found = self.cache.load(key)
+        found = self.cache.prepare(path, side, self.config) if path.exists() else self.cache.load(key)
         if found is None: raise InputError(path, 'file', 'neither the file nor its prepared image', 'one of them')
+        if found.spacing_mm is None and image_id in self._spacing: found.spacing_mm = self._spacing[image_id]/found.scale  # a PNG does not know, the table does
         return found
 
     def boxes(self,

@@ -109,7 +109,7 @@ FLOW_CELL = 4 # pixels of the picture a cell of a kept flow
 def prior_flows(
     ds, # a `RiskDataset`
     registration, # `(fixed, moving)` [N,1,H,W] -> flow [N,2,H,W], or a dictionary with `flow`
-    bs:int=16, # pairs a batch
+    bs:int|None=None, # pairs a batch; `None`: as many as have half a million pixels (18 of 192 x 144, 1 of full size)
     progress:bool=True # a progress bar
 )->dict: # (current image id, prior image id) -> flow [2,h,w], float16, in cells
     "What a frozen registration says of all pairs"
@@ -117,6 +117,7 @@ def prior_flows(
     size, out = [-(-n//FLOW_CELL) for n in ds.size], {}
     device = next((p.device for p in getattr(registration, 'parameters', lambda: iter(()))()), 'cpu')
     scale = torch.tensor([(b-1)/max(a-1, 1) for a, b in zip(ds.size, size)]).view(1, 2, 1, 1)
+    bs = bs or max(1, 2**19//(ds.size[0]*ds.size[1]))
     for i in tqdm(range(0, len(pairs), bs), desc='align priors', unit_scale=bs, disable=not progress):
         fixed, moving = (torch.stack([ds.image(j) for j in ids]).to(device) for ids in zip(*pairs[i:i+bs]))
         with torch.no_grad(): f = registration(fixed, moving)

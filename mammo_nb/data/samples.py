@@ -83,6 +83,7 @@ class TwoViewDataset:
         gaze_sigma:float=6., # width of its blur, mm
         gaze_slices:int=1, # parts of a reading, a channel each
         gaze_shown_rows:int|None=None, # how high a recorder showed the pictures, see `data.gaze.miceye_samples`; `None`: gaze is in stored pixels
+        gaze_hz:float=60., # points a second of MicEye logs
         in_memory:bool|str='auto', # keep the pictures: `True`, `False`, or `'auto'`: up to 1 GiB
         split_idx:int=1 # 0 for training: only then is anything augmented
     ):
@@ -91,13 +92,14 @@ class TwoViewDataset:
         ids = ids.where(ids.isin(list(prepared.keys)), None)
         keep = ids.notna().any(axis=1).to_numpy()
         self.rows, self.ids = rows[keep].reset_index(drop=True), ids[keep].to_numpy(dtype=object)
-        store_attr('prepared,gaze,gaze_stride,gaze_sigma,gaze_slices,gaze_shown_rows,split_idx')
-        self.size, self.kept, self.gazes = tuple(prepared.config.size), {}, {}
+        store_attr('prepared,gaze,gaze_stride,gaze_sigma,gaze_slices,gaze_shown_rows,gaze_hz,split_idx')
+        self.size, self.kept, self.gazes, self.reach = tuple(prepared.config.size), {}, {}, {}
         used = [i for i in self.ids.ravel() if isinstance(i, str)]
         if in_memory is True or (in_memory == 'auto' and 4*np.prod(self.size)*len(used) <= 2**30): self.kept = {i:self.image(i) for i in used}
         if gaze:  # drawn here, once, so that no worker and no epoch does it again and a bad file is told at once
             of = prepared.cohort.images.set_index('image_id').loc[used].dropna(subset='gaze_path')
             self.gazes = {i:self.draw_gaze(i, p, path) for i,p,path in zip(of.index, of.gaze_path, of.path)}
+            self.check_reach()
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'TwoViewDataset: {len(self)} breasts, {int((self.rows.label == 1).sum())} with cancer, {self.size[0]} x {self.size[1]}' + (f', gaze on {sum(g is not None for g in self.gazes.values())} of {int(pd.notna(self.ids).sum())} pictures' if self.gaze else '')
@@ -117,6 +119,12 @@ def image(self:TwoViewDataset,
     return self.kept[image_id] if image_id in self.kept else torch.from_numpy(np.ascontiguousarray(self.prepared.load(image_id).image))
 
 @patch
+def check_reach(self:TwoViewDataset):
+    "Gaze that keeps to a corner of every picture was recorded on smaller ones"
+    if self.gaze_shown_rows is None and len(self.reach) >= 5 and max(self.reach.values()) < .5:
+        raise InputError('TwoViewDataset', 'gaze_shown_rows', f'None, and no look at any of {len(self.reach)} pictures goes beyond {max(self.reach.values()):.0%} of its height or width', 'how many rows high the recorder showed the pictures, or gaze in stored pixels')
+
+@patch
 def draw_gaze(self:TwoViewDataset,
     image_id:str, # of the images table
     gaze_path:str, # the gaze of this picture
@@ -124,8 +132,9 @@ def draw_gaze(self:TwoViewDataset,
 )->Tensor|None: # [slices,h,w], largest value of their sum 1, or `None` where nobody looked
     "The gaze map of a picture"
     pic = self.prepared.load(image_id)
-    try: g = read_gaze(self.prepared.cohort.file(gaze_path), shown_rows=self.gaze_shown_rows, shape=pic.stored_shape, image=(image_id, path))
+    try: g = read_gaze(self.prepared.cohort.file(gaze_path), self.gaze_hz, shown_rows=self.gaze_shown_rows, shape=pic.stored_shape, image=(image_id, path))
     except NotInLog: return None  # the reader did not come to this picture
+    if len(g): self.reach[image_id] = float((g[['row', 'col']].max()/np.array(pic.stored_shape)).max())
     if callable(self.gaze): g = self.gaze(image_id, g)
     if g is None: return None
     if not pic.spacing_mm: raise InputError(image_id, 'pixel spacing', pic.spacing_mm, 'a spacing: the width of the gaze blur is in mm')
@@ -308,6 +317,7 @@ def two_view_dls(
     gaze_sigma:float=6., # width of its blur, mm
     gaze_slices:int=1, # parts of a reading, a channel each
     gaze_shown_rows:int|None=None, # of MicEye logs: how high the pictures were shown; `None`: stored pixels
+    gaze_hz:float=60., # of MicEye logs: points a second
     augment:Augment|None|bool=True, # `True`: `Augment()`; `None` or `False`: none; or your own
     in_memory:bool|str='auto', # keep the pictures, see `TwoViewDataset`
     seed:int|None=None, # of the order of the batches; `None`: from Python's global generator
@@ -319,7 +329,7 @@ def two_view_dls(
     rows = breasts(prepared.cohort) if rows is None else rows
     tables = [labelled_rows(prepared, s, rows) for s in (train, valid)]
     no_shared_patient(*tables)
-    sets = [TwoViewDataset(prepared, t, gaze, gaze_stride, gaze_sigma, gaze_slices, gaze_shown_rows, in_memory=in_memory, split_idx=i) for i,t in enumerate(tables)]
+    sets = [TwoViewDataset(prepared, t, gaze, gaze_stride, gaze_sigma, gaze_slices, gaze_shown_rows, gaze_hz, in_memory=in_memory, split_idx=i) for i,t in enumerate(tables)]
     dls = sample_dls(sets, (TwoViewInputs, TwoViewTargets), bs, Augment() if augment is True else augment, seed, device, num_workers, 'two_view_dls')
     dls.left_out = int(rows.split.isin((train, valid)).sum()) - sum(map(len, tables))
     dls.description = dict(_describe(prepared, tables[0]), train=train, valid=valid)

@@ -26,6 +26,7 @@ from .training import KeepBest
 from .two_view import predict, _class_weight, _same_preparing
 from ..losses.mammonet import MammoNetLoss
 from ..metrics.bootstrap import auc
+from ..models.blocks import centred
 from ..models.mammonet import MammoNet
 
 # %% ../../nbs/learners/20_mammonet.ipynb #31bdaab0
@@ -69,6 +70,7 @@ def mammonet_learner(
     if model is not None and model_args: raise InputError('mammonet_learner', 'model_args', sorted(model_args), 'none beside a model of your own')
     if seed is not None: seed_everything(seed)
     if model is not None and tuple(model.views) != tuple(v.get('views', VIEW_NAMES)): raise InputError('mammonet_learner', 'model.views', model.views, f'{v.get("views", VIEW_NAMES)}, the views of {variant}')
+    if model is not None and model.config['fusion'] and not mu: raise InputError('mammonet_learner', 'model.fusion', True, f'False: {variant} has no fusion learning, and layers without a loss stop the training on several GPUs')
     if model is None: model = MammoNet(backbone, v.get('views', VIEW_NAMES), stride=stride, pretrained=pretrained, fusion=bool(mu), slices=dls.train_ds.gaze_slices if scan else 0, **(model_args or {}))
     model = model.to(memory_format=torch.channels_last)
     model.description = dict(training=getattr(dls, 'description', None), variant=variant)
@@ -98,7 +100,8 @@ def attention_maps(
             for k, m in said.items():
                 if not k.startswith(('cam_', 'map_')): continue
                 ids = ds.ids[i:i+len(xs), VIEW_NAMES.index(k[4:])]
-                out |= {j: o for j, o in zip(ids, m.float().cpu().numpy()) if isinstance(j, str)}
+                m = centred(m.float(), model.shift) if k.startswith('map_') else m.float()
+                out |= {j: o for j, o in zip(ids, m.cpu().numpy()) if isinstance(j, str)}
     finally: model.train(was)
     return out
 
@@ -113,6 +116,11 @@ def _folds(prepared, folds, seed):
     if (both < 2).any(): raise InputError('choose_weights', 'folds', f'{folds}, of which fold {both.idxmin()} has {int((part == both.idxmin()).sum())} breasts of one label', 'fewer folds: each needs breasts with and without cancer')
     return [rows.assign(split=np.where(part == k, 'test', np.where(part == (k+1) % folds, 'valid', 'train'))) for k in range(folds)]
 
+def _plainly(o):
+    "Settings as a text that is the same tomorrow"
+    if isinstance(o, dict): return str({k: _plainly(v) for k, v in sorted(o.items())})
+    return getattr(o, '__qualname__', None) or (f'{type(o).__name__} {_plainly(vars(o))}' if hasattr(o, '__dict__') else repr(o))
+
 def choose_weights(
     prepared:PreparedCohort, # pictures with a cohort that has splits
     fit, # `fit(dls, gaze_weight=..., fusion_weight=...)` -> trained `Learner` or model
@@ -120,16 +128,16 @@ def choose_weights(
     fusion_weights=(.1, .2, .5), # mu: those to try
     folds:int=5, # of the training patients, 3 or more
     seed:int=0, # of the folds
-    path:str|Path|None=None, # a `.csv` that keeps what is known, to go on from; one a `fit`
+    path:str|Path|None=None, # a `.csv` that keeps what is known, to go on from; another for another `fit`, which nothing here can compare
     progress:bool=True, # a progress bar
     **kwargs # go to `two_view_dls`: `gaze=True`, `bs` ...
-)->pd.DataFrame: # gaze_weight, fusion_weight, fold, auc, patients (a hash of who is in which fold); best pair: `.groupby([...]).auc.mean().idxmax()`
+)->pd.DataFrame: # gaze_weight, fusion_weight, fold, auc, patients (a hash of who is in which fold, and of the settings of the loaders); best pair: `.groupby([...]).auc.mean().idxmax()`
     "AUC of every pair of weights on held-out folds of the training patients"
     check_range(folds, 3, 100, 'choose_weights', 'folds', whole=True)
     parts = _folds(prepared, folds, seed)
-    who = hashlib.sha256(repr([t[['patient_id', 'split']].to_numpy().tolist() for t in parts]).encode()).hexdigest()[:12]
+    who = hashlib.sha256(repr([_plainly(kwargs), *(t[['patient_id', 'split']].to_numpy().tolist() for t in parts)]).encode()).hexdigest()[:12]
     done = pd.read_csv(path) if path is not None and Path(path).exists() else pd.DataFrame(columns=['gaze_weight', 'fusion_weight', 'fold', 'auc', 'patients'])
-    if (done.patients != who).any(): raise InputError(path, 'patients', done.patients[done.patients != who].iloc[0], f'{who}: results of the same folds of the same patients; name another file')
+    if (done.patients != who).any(): raise InputError(path, 'patients', done.patients[done.patients != who].iloc[0], f'{who}: results of the same folds of the same patients with the same loaders; name another file')
     out = done.to_dict('records')
     known = {(r['gaze_weight'], r['fusion_weight'], r['fold']) for r in out}
     todo = [(l, m, k) for k in range(folds) for l in gaze_weights for m in fusion_weights if (l, m, k) not in known]

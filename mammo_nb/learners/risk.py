@@ -6,6 +6,7 @@
 __all__ = ['RiskObjective', 'RiskCIndex', 'encoder_last_rate', 'risk_learner', 'lmvnet_learner', 'predict']
 
 # %% ../../nbs/learners/15_risk.ipynb #be7f83ca
+from functools import partial
 import numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 import fastai.callback.progress, fastai.callback.schedule
@@ -22,7 +23,7 @@ from ..core.seeding import seed_everything
 from ..data.cache import PreparedCohort, check_prepared
 from ..data.risk_samples import RiskDataset, breast_history
 from .callbacks import NamedOutput
-from .training import KeepBest, Resumable, SlowDown, StopEarly, WarmUp
+from .training import _bare, KeepBest, Resumable, SlowDown, StopEarly, WarmUp
 from .two_view import model_version
 from ..losses.survival import RiskLoss
 from ..metrics.predictions import predictions_table
@@ -53,8 +54,8 @@ class RiskCIndex(Metric):
     def __init__(self): self.reset()
     def reset(self): self.risk, self.time, self.event = [], [], []
     def accumulate(self, learn):
-        y = learn.named_output.named_targ
-        self.risk.append(learn.model.get_primary_risk_head(learn.named_output.named).detach().cpu()); self.time.append(y['event_times'].cpu()+1); self.event.append(y['event_observed'].cpu())
+        y, risk = learn.named_output.named_targ, _bare(learn.model).get_primary_risk_head(learn.named_output.named)
+        for kept, o in ((self.risk, risk), (self.time, y['event_times']+1), (self.event, y['event_observed'])): kept.append(learn.to_detach(o))  # of several processes: what all of them have
 
     @property
     def name(self): return 'c_index'
@@ -64,15 +65,18 @@ class RiskCIndex(Metric):
         return c_index(time, event, *risk.T, tau=float(risk.shape[1]))
 
 # %% ../../nbs/learners/15_risk.ipynb #8f08e8b0
+def _encoder(model): return getattr(model, 'encoder', None) or getattr(getattr(model, 'processor', None), 'encoder', None)
+
 def encoder_last_rate(model:nn.Module): # two groups of parameters: the encoder (a tenth of the rate with `slice(lr)`), and the rest
     "Discriminative learning rates"
-    enc = getattr(model, 'encoder', None) or getattr(getattr(model, 'processor', None), 'encoder', None)
+    enc = _encoder(model)
     if enc is None: return L([params(model)])
     ids = {id(p) for p in params(enc)}
     return L([params(enc), [p for p in params(model) if id(p) not in ids]])
 
 def _start_at(model, known):
-    "Biases that say the risk of the training breasts (Kaplan-Meier by year), with every hazard above 0"
+    "Biases that say the risk of the training breasts (Kaplan-Meier by year), with every hazard above 0; those of a trained model stay"
+    if any(bool(o.bias.any()) for o in (model.layer.base, model.layer.hazard)): return
     m, t = known['y_mask'], known['target']
     p = 1-(1-(t*m).sum(0)/m.sum(0).clamp(min=1)).cumprod(0)
     z = p.clamp(1e-3, .999).logit()
@@ -83,16 +87,18 @@ def _recipe(recipe, warmup):
     if check_in(recipe, ('paper', None), 'risk_learner', 'recipe') is None: return []
     return [WarmUp(warmup), SlowDown('c_index', factor=2, patience=5, min_lr=1e-7), StopEarly('c_index', patience=15)]
 
+
+# %% ../../nbs/learners/15_risk.ipynb #c642b177
 @delegates(Learner.__init__)
 def risk_learner(
     dls:DataLoaders, # from `risk_dls`
     model:BaseRiskModel, # any risk model
     recipe:str|None='paper', # `paper`: warm-up, plateaus, early stopping as in the source; `None`: none of them
     warmup:int=5000, # batches, with `recipe='paper'`
-    encoder_rate:float=.1, # rate of the encoder by that of the rest; 1: the same
+    encoder_rate:float|None=None, # rate of the encoder by that of the rest; `None`: .1 for an encoder with pretrained weights, 1 for a new one
     head_weights:dict|None=None, # see `RiskLoss`
     folder=None, # of the checkpoint, see `Resumable`; `None`: none
-    start:bool=True, # set the biases of a new model to the risk of the training breasts
+    start:bool=True, # set the biases of a new model (all 0) to the risk of the training breasts; those of a trained one stay
     lr:float=5e-5, # default learning rate
     wd:float=1e-4, # weight decay
     metrics=None, # of the validation set; `None`: the C-index
@@ -102,11 +108,13 @@ def risk_learner(
     "A fastai learner for a risk model"
     if model.years != dls.train_ds.years: raise InputError('risk_learner', 'model.years', model.years, f'{dls.train_ds.years}, as in the loaders')
     if start and isinstance(getattr(model, 'layer', None), CumulativeProbabilityLayer): _start_at(model, dls.train_ds.known)
-    if isinstance(model, LMVNet): model.needs_flows = model.asks_flows and dls.train_ds.flows is not None
+    if isinstance(model, LMVNet): model.needs_flows.fill_(model.asks_flows and dls.train_ds.flows is not None)
+    if encoder_rate is None: encoder_rate = .1 if getattr(_encoder(model), 'source', False) else 1
+    kwargs.setdefault('opt_func', Adam if recipe is None else partial(Adam, sqr_mom=.999, eps=1e-8))  # AdamW of the source: PyTorch's
     own = [NamedOutput('risk_multi', 'target'), KeepBest('c_index'), *_recipe(recipe, warmup), *([] if folder is None else [Resumable(folder)])]
     splitter = encoder_last_rate if encoder_rate != 1 else (lambda m: L([params(m)]))
     rate = slice(lr*encoder_rate, lr) if encoder_rate != 1 and len(splitter(model)) > 1 else lr
-    return Learner(dls, model.to(memory_format=torch.channels_last), RiskObjective(model, RiskLoss(head_weights)), opt_func=Adam, lr=rate, wd=wd, splitter=splitter, metrics=[RiskCIndex(), *L(metrics)], cbs=[*own, *L(cbs)], **kwargs)
+    return Learner(dls, model.to(memory_format=torch.channels_last), RiskObjective(model, RiskLoss(head_weights)), lr=rate, wd=wd, splitter=splitter, metrics=[RiskCIndex(), *L(metrics)], cbs=[*own, *L(cbs)], **kwargs)
 
 # %% ../../nbs/learners/15_risk.ipynb #88c8d863
 @delegates(risk_learner)

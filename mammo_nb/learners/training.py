@@ -12,6 +12,7 @@ import numpy as np, torch
 import mammo_nb.core.fastai_import
 from fastai.callback.core import CancelEpochException, CancelFitException, Callback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, TrackerCallback
+from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from ..core.errors import InputError, check_range
 
@@ -81,6 +82,11 @@ def _set_generators(dls, s):
     if s['cuda']: torch.cuda.set_rng_state_all(s['cuda'])
     for dl, state in zip(dls.loaders, s['loaders']): dl.rng.setstate(state)
 
+def _to_parameters(state, opt):
+    "The state of an optimiser, each part where its parameter is"
+    there = [p.device for p, *_ in opt.all_params()]
+    return dict(state, state=[{k: v.to(d) if isinstance(v, torch.Tensor) else v for k, v in s.items()} for s, d in zip(state['state'], there, strict=True)])
+
 def _plain(v): return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 0) == 0 and not isinstance(v, torch.Tensor) else v
 
 # %% ../../nbs/learners/02_training.ipynb #3a930817
@@ -102,13 +108,13 @@ class Resumable(Callback):
         "Take up a checkpoint"
         self.done, self.stopped, self.run = 0, False, not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
         if not (self.run and self.path.is_file()): return
-        try: s = torch.load(self.path, map_location=self.dls.device, weights_only=True)
+        try: s = torch.load(self.path, map_location='cpu', weights_only=True)
         except Exception as e: raise InputError(self.path, 'checkpoint', f'{type(e).__name__}: {str(e)[:200]}', 'a file that Resumable wrote') from e
         if s['epochs'] != self.n_epoch: raise InputError(self.path, 'epochs', f'a training of {s["epochs"]}', f'{self.n_epoch}, or another folder')
         other = [k for k, v in self.about().items() if s.get('about', {}).get(k) != v]
         if other: raise InputError(self.path, other[0], s.get('about', {}).get(other[0]), f'{self.about()[other[0]]}, or another folder')
-        try: _bare(self.learn.model).load_state_dict(s['model']); self.learn.opt.load_state_dict(s['opt'])
-        except (RuntimeError, AssertionError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
+        try: _bare(self.learn.model).load_state_dict(s['model']); self.learn.opt.load_state_dict(_to_parameters(s['opt'], self.learn.opt))
+        except (RuntimeError, AssertionError, ValueError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
         for cb, state in zip(self.trackers(), s['trackers']): cb.__dict__.update(state)
         self.learn.recorder.values = s['values']
         self.done, self.stopped, self.generators = s['done'], s['stopped'], s['generators']
@@ -127,9 +133,10 @@ def _write(self:Resumable, stopped=False):
     s = dict(epochs=self.n_epoch, about=self.about(), done=self.epoch+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
              trackers=[{k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for cb in self.trackers()], values=[[_plain(v) for v in row] for row in self.learn.recorder.values])
     s['opt'] = dict(state=[dict(o) for o in s['opt']['state']], hypers=[{k: _plain(v) for k, v in h.items()} for h in s['opt']['hypers']])
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    part = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
-    torch.save(s, part); os.replace(part, self.path)
+    if not rank_distrib():  # of several processes the first
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
+        torch.save(s, part); os.replace(part, self.path)
     self.done = self.epoch+1
 
 @patch

@@ -117,7 +117,7 @@ def _answers(model, ds, bs):
         for i in range(0, len(ds), bs):
             xs = [ds[j][0] for j in range(i, min(i+bs, len(ds)))]
             with torch.no_grad(): pred = model({k:torch.stack([x[k] for x in xs]).to(device) for k in xs[0]})
-            out.append({k:v.double().cpu() for k,v in pred.items() if k.startswith('logit')})
+            out.append({k:v.cpu().double() for k,v in pred.items() if k.startswith('logit')})
     finally: model.train(was)
     return {k:torch.cat([o[k] for o in out]).numpy() for k in out[0]} if out else {}
 

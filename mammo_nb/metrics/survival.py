@@ -38,8 +38,8 @@ def risk_table(
     truth = survival_truth(breasts).drop(columns=['label'], errors='ignore')
     out = t.merge(truth, on=list(BREAST_KEY), how='left', validate='many_to_one')
     if split is not None: out = out[out['split'] == check_in(split, ('train', 'valid', 'test'), 'risk_table', 'split')]
-    lost = out.time.isna() | out.event.isna()
-    if lost.any() and not quiet: print(f'{lost.sum()} of {len(out)} breasts have neither a cancer nor a follow-up and are left out')
+    lost = out.time.isna() | out.event.isna() | ((out.event == 0) & (out.time <= 0))
+    if lost.any() and not quiet: print(f'{lost.sum()} of {len(out)} breasts have neither a cancer nor any follow-up after this exam and are left out' + (' (earlier exams have some: breast_history(cohort), all exams)' if lost.mean() > .5 else ''))
     return out[~lost].reset_index(drop=True)
 
 # %% ../../nbs/metrics/15_survival.ipynb #6cbe3012
@@ -215,13 +215,9 @@ def plot_risk_calibration(
 
 # %% ../../nbs/metrics/15_survival.ipynb #d0f92bf7
 def _metrics(years, tau):
-    last = years[-1]
     out = {'c_index': (partial(c_index, tau=tau), [f'risk_year_{k}' for k in years])}
-    for k in years: out[f'auc_year_{k}'] = (partial(auc_by_year, year=k), [f'risk_year_{k}'])
-    out[f'auc_cumulative_{last}'] = (partial(auc_cumulative, year=last), [f'risk_year_{last}'])
-    out['brier'] = (partial(brier_by_year, year=last), [f'risk_year_{last}'])
-    out['expected_over_observed'] = (partial(expected_over_observed, year=last), [f'risk_year_{last}'])
-    return out
+    by_year = dict(auc_year=auc_by_year, auc_cumulative=auc_cumulative, brier=brier_by_year, expected_over_observed=expected_over_observed)
+    return out | {f'{name}_{k}': (partial(f, year=k), [f'risk_year_{k}']) for name, f in by_year.items() for k in years}
 
 def evaluate_risk(
     table, # as from `risk_table`, or a list of them (one a training seed)
@@ -233,6 +229,7 @@ def evaluate_risk(
     tables = list(table) if isinstance(table, (list, tuple)) else [table]
     years = sorted(int(c.rsplit('_', 1)[1]) for c in tables[0] if c.startswith('risk_year_'))
     if not years: raise InputError('evaluate_risk', 'columns', ', '.join(tables[0]), 'risk_year_1, risk_year_2, ... as from risk_table')
+    if by is not None and (by not in tables[0] or tables[0][by].isna().all()): raise InputError('evaluate_risk', by, 'not known of any breast' if by in tables[0] else f'no such column among {", ".join(tables[0])}', 'a column with the strata')
     rows = []
     for s in [None] if by is None else sorted(tables[0][by].dropna().unique()):
         part = [t if s is None else t[t[by] == s] for t in tables]

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from ..core.errors import InputError, check_in
 from ..core.optional import optional_import
+from .blocks import cell_shift
 
 # %% ../../nbs/models/01_backbones.ipynb #9cc74992
 OFFLINE = 'tf_efficientnet_lite0'
@@ -64,6 +65,8 @@ def _tap(name, stride, kwargs):
     check_in(stride, strides, f'Backbone {name}', 'stride')
     return dict(out_indices=(max(i for i,s in enumerate(strides) if s == stride),), **kind, **kwargs)
 
+_SHIFTS = {}
+
 class Backbone(nn.Module):
     "Any timm encoder, cut at one stride: picture `[B,in_chans,H,W]` in [0,1] -> features `[B,channels,H/stride,W/stride]`"
     def __init__(self,
@@ -80,11 +83,17 @@ class Backbone(nn.Module):
         if source == 'package':
             w = lite0_weights(in_chans)
             self.body.load_state_dict({k:w[k.removeprefix('model.')] for k in self.body.state_dict()})
-        self.name,self.stride,self.source,self.channels = name,stride,source,self.body.feature_info.channels()[-1]
+        self.name,self.stride,self.source,self.channels,self._about = name,stride,source,self.body.feature_info.channels()[-1],repr(sorted(kwargs.items()))
         cfg = timm.get_pretrained_cfg(name)
         for k in ('mean', 'std'):
             v = torch.tensor(getattr(cfg, k) if in_chans == 3 else [sum(getattr(cfg, k))/3])
             self.register_buffer(k, v.view(1,-1,1,1), persistent=False)
+
+    @property
+    def shift(self): # see `models.blocks.cell_shift`; measured once for each kind of encoder
+        key = self.name, self.stride, self._about
+        if key not in _SHIFTS: _SHIFTS[key] = cell_shift(self, self.stride, self.mean.shape[1])
+        return _SHIFTS[key]
 
     def forward(self, x:Tensor)->Tensor: return self.body((x-self.mean)/self.std)[0]
 
@@ -120,7 +129,10 @@ def split(self:Backbone)->tuple: # (first, last) modules, `last(first(x))` is th
     return first, last, a['num_chs']
 
 # %% ../../nbs/models/01_backbones.ipynb #8d82a018
-def _pin(module, args): module.training = False
+def _pin(module, args):
+    module.training = False
+    for m in module.children():  # `convert_sync_batchnorm` puts new modules in the place of BatchNorm, without its hooks
+        if isinstance(m, nn.SyncBatchNorm) and not any(p.requires_grad for p in m.parameters()): m.training = False
 
 def freeze_module(
     module:nn.Module # what to freeze; changed in place
@@ -144,5 +156,5 @@ def is_frozen(
     module:nn.Module # any module
 )->bool: # `True` when no parameter learns and every sub-module is pinned
     "Whether `freeze_module` holds for the whole module"
-    pinned = all(_pin in m._forward_pre_hooks.values() for m in module.modules())
+    pinned = all(_pin in m._forward_pre_hooks.values() for m in module.modules() if not isinstance(m, nn.SyncBatchNorm))
     return pinned and not any(p.requires_grad for p in module.parameters())

@@ -199,7 +199,7 @@ class LMVNet(BaseRiskModel):
         if freeze_encoder: freeze_module(enc)
         self.processor = LongitudinalFeatureProcessor(enc, diff_mode, prior_mode)
         self.registration = None if registration is None else freeze_module(registration)
-        self.needs_flows = False  # a learner says so when the flows of its loaders take the place of a registration
+        self.register_buffer('needs_flows', torch.tensor(False))  # a learner says so when the flows of its loaders take the place of a registration; kept with the weights
         d, self.years, self.prior_dropout, self.view_dropout, self.token_pool = 3*enc.channels, years, prior_dropout, view_dropout, check_range(token_pool, 1, 16, 'LMVNet', 'token_pool', whole=True)
         self.blocks = nn.ModuleList(DualStreamBlock(d, heads, dropout, drop_path, weight_dropout=weight_dropout) for _ in range(blocks))
         self.fuse, self.layer = nn.Linear(2*d, d), CumulativeProbabilityLayer(d, years)

@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core.errors import InputError, check_in, check_range
 from ..losses.attention import grad_cam
-from .blocks import CrossViewAttention, those_there
+from .blocks import CrossViewAttention, centred, those_there
 from .two_view import make_encoder
 
 # %% ../../nbs/models/20_mammonet.ipynb #5ee073c5
@@ -77,7 +77,7 @@ class MammoNet(nn.Module):
         self.views, self.create_graph, self.slices = tuple(check_in(v, ('cc', 'mlo'), 'MammoNet', 'views') for v in views), create_graph, check_range(slices, 0, 100, 'MammoNet', 'slices', whole=True)
         self.config = dict(backbone=backbone, views=list(views), attention=attention, stride=stride, shared=shared, heads=heads, head_dim=head_dim, source_pool=source_pool, dropout=dropout, embed=embed, hidden=hidden, pool=pool, fusion=fusion, slices=slices, create_graph=create_graph, **kwargs)
         halves = [make_encoder(backbone, stride, pretrained, **kwargs) for _ in range(1 if shared else len(views))]
-        self.stride, channels = halves[0].stride, halves[0].channels
+        self.stride, self.shift, channels = halves[0].stride, halves[0].shift, halves[0].channels
         first, last, between = zip(*(e.split() for e in halves))
         self.first, self.last = nn.ModuleList(first), nn.ModuleList(last)
         self.attend = nn.ModuleList(CrossViewAttention(between[0], heads, head_dim, dropout, source_pool=source_pool) for _ in halves) if attention and len(views) == 2 else None
@@ -104,16 +104,16 @@ def features(self:MammoNet,
 @patch
 def forward(self:MammoNet,
     inputs:dict # `image_cc`, `image_mlo` [B,1,H,W] in [0,1]; `present_cc`, `present_mlo` [B] (1 or 0; not given: 1)
-)->dict: # `logit` [B] (NaN without any view), `cam_cc`, `cam_mlo` [B,h,w], `present` [V,B], `fused`, `vectors`, `predicted`, and with slices `scan_cc`, `scan_mlo` [B,K,h,w]
+)->dict: # `logit` [B] (NaN without any view), `cam_cc`, `cam_mlo` [B,h,w], `present` (one [B] a view), `fused`, `vectors`, `predicted`, and with slices `scan_cc`, `scan_mlo` [B,K,h,w]
     "Read the views that are there"
     maps, there = self.features(inputs)
     graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(maps[0].device.type, enabled=False):  # the maps' gradient, also where nothing else has one; small numbers: always in 32 bits
         leaves, there = [m.float() if m.requires_grad else m.detach().float().clone().requires_grad_() for m in maps], there.clone()
         out = self.head(leaves, there)
-        cams = grad_cam(out['logit'], leaves, self.create_graph and graph)
-    out |= {f'cam_{v}': c*t.view(-1, 1, 1).to(c.dtype) for v, c, t in zip(self.views, cams, there)} | dict(present=there)
-    if self.scan is not None: out |= {f'scan_{v}': self.scan(m) for v, m in zip(self.views, leaves)}
+        cams = [centred(c, self.shift) for c in grad_cam(out['logit'], leaves, self.create_graph and graph)]
+    out |= {f'cam_{v}': c*t.view(-1, 1, 1).to(c.dtype) for v, c, t in zip(self.views, cams, there)} | dict(present=list(there))
+    if self.scan is not None: out |= {f'scan_{v}': centred(self.scan(m), self.shift) for v, m in zip(self.views, leaves)}
     out['logit'] = torch.where(there.sum(0) > 0, out['logit'], torch.nan)
     if graph: return out
     return {k: [o.detach() for o in v] if isinstance(v, list) else v.detach() for k, v in out.items()}

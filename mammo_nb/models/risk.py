@@ -24,6 +24,7 @@ class CumulativeProbabilityLayer(nn.Module):
         super().__init__()
         check_range(years, 1, 50, 'CumulativeProbabilityLayer', 'years', whole=True)
         self.hazard, self.base = nn.Linear(features, years), nn.Linear(features, 1)
+        for m in (self.hazard, self.base): nn.init.zeros_(m.bias)  # a learner sees by them that nothing has been learnt
 
     def forward(self, x:Tensor)->Tensor: return self.base(x) + F.relu(self.hazard(x)).cumsum(-1)
 

@@ -49,6 +49,8 @@ class TwoViewNet(nn.Module):
 
     @property
     def stride(self): return self.encoder.stride
+    @property
+    def shift(self): return getattr(self.encoder, 'shift', 0.)  # of its maps, see `models.blocks.centred`
 
 # %% ../../nbs/models/05_two_view.ipynb #76759e6a
 @patch

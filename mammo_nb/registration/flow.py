@@ -52,7 +52,7 @@ def sample_flow(
     points # [N,2] `(row, column)`, continuous pixels of the fixed picture
 )->np.ndarray: # [N,2] displacement `(dy, dx)`, pixels
     "A flow between its pixels; beyond the border it continues as it is there"
-    flow = torch.as_tensor(flow, dtype=torch.float64)
+    flow = torch.as_tensor(flow).detach().cpu().double()
     flow = check_flow(flow[None] if flow.ndim == 3 else flow, where='sample_flow')
     if len(flow) != 1: raise InputError('sample_flow', 'flow', f'{len(flow)} flows', 'one')
     p = torch.as_tensor(np.asarray(points, dtype=np.float64).reshape(-1, 2)) - .5
@@ -170,7 +170,7 @@ def show_registration(
     arrows:int=12 # arrows along the longer side; 0: none
 ): # the axes: fixed with the flow, checkerboards and differences before and after
     "What a flow does to a prior"
-    fixed, moving, flow = fixed.reshape(fixed.shape[-2:]).cpu().float(), moving.reshape(moving.shape[-2:]).cpu().float(), flow.reshape(2, *flow.shape[-2:]).cpu().float()
+    fixed, moving, flow = fixed.reshape(fixed.shape[-2:]).cpu().float(), moving.reshape(moving.shape[-2:]).cpu().float(), flow.detach().reshape(2, *flow.shape[-2:]).cpu().float()
     warped = warp(moving[None, None], flow[None])[0, 0]
     fig, axs = plt.subplots(1, 5, figsize=(width, .31*width*fixed.shape[0]/fixed.shape[1]), gridspec_kw=dict(wspace=.04, left=0, right=1, bottom=0, top=.84))
     pictures = (fixed, checkerboard(fixed, moving), checkerboard(fixed, warped), moving-fixed, warped-fixed)

@@ -80,7 +80,7 @@ class AffineHead(nn.Module):
         self.body = nn.Sequential(nn.Linear(channels, channels//2, bias=False), nn.ReLU(), nn.Linear(channels//2, 6, bias=False), nn.Tanh())
         nn.init.zeros_(self.body[2].weight)
 
-    def forward(self, x:Tensor)->Tensor: return torch.eye(2, 3, device=x.device, dtype=x.dtype) + self.body(x.mean((2, 3))).view(-1, 2, 3)
+    def forward(self, x:Tensor)->Tensor: return torch.eye(2, 3, device=x.device) + self.body(x.mean((2, 3))).float().view(-1, 2, 3)  # in 32 bits: half a number has pixels of its own
 
 # %% ../../nbs/registration/05_mammoregnet.ipynb #17e3f8cc
 def _double(i, o):

@@ -11,6 +11,7 @@ import numpy as np, torch
 import matplotlib.pyplot as plt
 from torch.nn import functional as F
 from ..core.errors import InputError
+from ..models.blocks import centred
 
 # %% ../../nbs/report/02_overlay.ipynb #af5f6f61
 FOR, AGAINST = (1., .45, .05), (.1, .5, 1.)
@@ -42,7 +43,7 @@ def evidence_rgba(
 def evidence(
     net, # a `models.two_view.TwoViewNet` or `models.mammonet.MammoNet`
     images:dict # `cc` and `mlo` -> prepared picture [1,H,W] or `None`
-)->dict: # `probability`, `probability_cc`, `probability_mlo` (where the model says them) and `maps`: view -> [h,w], of a `TwoViewNet` it sums to the logit of the view
+)->dict: # `probability`, `probability_cc`, `probability_mlo` (where the model says them) and `maps`: view -> [h,w], brought to the middles of their squares (`models.blocks.centred`)
     "Probabilities and evidence maps of one breast"
     there = {v: images.get(v) for v in net.views if images.get(v) is not None}
     if not there: raise InputError('evidence', 'images', f'no picture of {" or ".join(net.views)}', 'at least one view that the model reads')
@@ -55,7 +56,7 @@ def evidence(
         with torch.no_grad(): out = net({k: t.to(device) for k, t in batch.items()})
     finally: net.train(was)
     said = {'probability': out['logit']} | {f'probability_{v}': out[f'logit_{v}'] for v in there if f'logit_{v}' in out}
-    return {k: float(t.sigmoid()[0]) for k, t in said.items()} | dict(maps={v: out[f'map_{v}' if f'map_{v}' in out else f'cam_{v}'][0].cpu().numpy() for v in there})
+    return {k: float(t.sigmoid()[0]) for k, t in said.items()} | dict(maps={v: (centred(out[f'map_{v}'], net.shift) if f'map_{v}' in out else out[f'cam_{v}'])[0].cpu().numpy() for v in there})
 
 # %% ../../nbs/report/02_overlay.ipynb #0194392c
 def show_evidence(
