@@ -7,6 +7,7 @@ import mammo_nb.core.fastai_import
 from fastai import distributed  # gives learners `to_parallel`
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.cache import prepare_cohort
+from mammo_nb.data.cohort import breasts
 from mammo_nb.data.gaze import disturb_gaze, gaze_to_heatmap, read_gaze
 from mammo_nb.data.insilico import insilico_cohort, write_insilico
 from mammo_nb.data.prepare import PrepareConfig
@@ -188,6 +189,27 @@ def test_gaze_files_may_vanish(prepared):
     finally:
         for f, b in moved.items(): f.write_bytes(b)
     assert before['value'].tolist() == after['value'].tolist() and all((maps[k] == again[k]).all() for k in maps)
+
+def test_gaze_on_pictures_whose_table_knows_the_spacing(tmp_path):
+    "PNG files say no spacing, the images table does: the same maps as from DICOM"
+    maps = {}
+    for kind in ('dicom', 'png'):
+        files = write_insilico(insilico_cohort(6, seed=3, rows=96, cols=72, mm=2.5, exams=1), tmp_path/kind, format=kind, workers=1, progress=False)
+        p = prepare_cohort(files, tmp_path/f'{kind}_cache', PrepareConfig(size=(64, 48)), workers=1, progress=False)
+        maps[kind] = TwoViewDataset(p, breasts(files), gaze=True).gazes
+    assert maps['png'].keys() == maps['dicom'].keys() and len(maps['png'])
+    near = [torch.corrcoef(torch.stack([maps['png'][k].flatten(), g.flatten()]))[0, 1] for k, g in maps['dicom'].items() if g is not None]
+    assert min(near) > .95  # the two kinds of file are cropped by a pixel more or less
+
+def test_a_window_that_was_not_told(prepared, tmp_path):
+    "Gaze that keeps to the upper left of every picture was recorded on smaller ones"
+    images = prepared.cohort.images.copy(); was = prepared.cohort.images.gaze_path.copy()
+    try:
+        for r in images.dropna(subset='gaze_path').itertuples():
+            g = read_gaze(prepared.cohort.file(r.gaze_path)); name = f'small_{r.image_id}.csv'
+            g.assign(row=g.row*.3, col=g.col*.3).to_csv(prepared.cohort.root/name, index=False); prepared.cohort.images.loc[r.Index, 'gaze_path'] = name
+        with pytest.raises(ValueError, match='gaze_shown_rows: found None, and no look at any of'): TwoViewDataset(prepared, breasts(prepared.cohort), gaze=True)
+    finally: prepared.cohort.images['gaze_path'] = was
 
 def test_a_breast_without_gaze_teaches_by_its_label_only(prepared):
     full, part = (TwoViewDataset(prepared, two_view_dls(prepared, bs=4, gaze=True).train_ds.rows, gaze=g) for g in (True, lambda i, g: None))

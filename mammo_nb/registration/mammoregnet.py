@@ -21,7 +21,7 @@ def ncc(
     a:Tensor, # [B,1,H,W]
     b:Tensor, # [B,1,H,W]
     window:int|None=None # odd number of pixels: in the neighbourhood of each pixel; `None`: of the whole picture
-)->Tensor: # [B], -1 to 1; 0 where a picture has no contrast
+)->Tensor: # [B], -1 to 1; 0 where a picture has no contrast; with a window, the mean over the places around which both have some
     "Normalised cross-correlation of each pair of pictures"
     if a.shape != b.shape: raise InputError('ncc', 'pictures', f'{list(a.shape)} and {list(b.shape)}', 'the same shape')
     a, b = a.float(), b.float()
