@@ -117,7 +117,7 @@ class Resumable(Callback):
         except (RuntimeError, AssertionError, ValueError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
         for cb, state in zip(self.trackers(), s['trackers']): cb.__dict__.update(state)
         self.learn.recorder.values = s['values']
-        self.done, self.stopped, self.generators = s['done'], s['stopped'], s['generators']
+        self.done, self.stopped, self.generators, self.smooth = s['done'], s['stopped'], s['generators'], s['smooth']
         self.paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
         for cb in self.paused: cb.run = False
 
@@ -131,7 +131,7 @@ def before_epoch(self:Resumable):
 @patch
 def _write(self:Resumable, stopped=False):
     s = dict(epochs=self.n_epoch, about=self.about(), done=self.epoch+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
-             trackers=[{k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for cb in self.trackers()], values=[[_plain(v) for v in row] for row in self.learn.recorder.values])
+             trackers=[{k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for cb in self.trackers()], values=[[_plain(v) for v in row] for row in self.learn.recorder.values], smooth=[self.learn.recorder.smooth_loss.count, torch.as_tensor(self.learn.recorder.smooth_loss.val).cpu()])
     s['opt'] = dict(state=[dict(o) for o in s['opt']['state']], hypers=[{k: _plain(v) for k, v in h.items()} for h in s['opt']['hypers']])
     if not rank_distrib():  # of several processes the first
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +148,8 @@ def after_epoch(self:Resumable):
 @patch
 def _wake(self:Resumable):
     for cb in self.paused: cb.run = True
-    self.paused = []
-    _set_generators(self.dls, self.generators)
+    self.paused, smooth = [], self.learn.recorder.smooth_loss
+    _set_generators(self.dls, self.generators); smooth.count, smooth.val = self.smooth  # the mean of the training loss goes on too
 
 @patch
 def after_cancel_fit(self:Resumable):
