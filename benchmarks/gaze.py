@@ -21,7 +21,7 @@ def main():
     a = options(__doc__, patients=1400, epochs=4, train_seeds=[0])
     rows = {'cross_view': None, 'cross_view_gaze': None, 'explain_truth': None} | {f'{k}_{v:g}': (k, v) for k, vs in LEVELS.items() for v in vs}
     config = dict(cohort=settings_name(Settings(seed=a.seed, exams=1, shortcut=True)), patients=a.patients, size=SIZE, epochs=a.epochs, net=NET, train=TRAIN)
-    bench = Bench('gaze', a.seed, config, f'about {round(a.patients/1000*(6+.33*a.epochs*len(rows)*len(a.train_seeds)))} minutes on 2 cores, less where `mammonet` has been run', train_seeds=a.train_seeds)
+    bench = Bench('gaze', a.seed, config, f'about {round(a.patients/1000*(5+.65*a.epochs*len(rows)*len(a.train_seeds)))} minutes on 2 cores, less where `mammonet` has been run', train_seeds=a.train_seeds)
     if bench.done(list(rows)[-1], METRICS[-1]): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
     jobs = [(r, s) for s in a.train_seeds for r in rows]

@@ -110,7 +110,7 @@ def main():
     a = options(__doc__, patients=1400, epochs=4, train_seeds=[0, 1, 2])
     name = settings_name(Settings(seed=a.seed, exams=1, shortcut=True))
     config = dict(cohort=name, patients=a.patients, size=SIZE, epochs=a.epochs, net=NET, train=TRAIN)
-    bench = Bench('mammonet', a.seed, config, f'about {round(a.patients/1000*(6+.55*a.epochs*len(a.train_seeds)/3*len(ROWS)*3/2))} minutes on 2 cores, most of it to train {len(ROWS)*len(a.train_seeds)} models', train_seeds=a.train_seeds)
+    bench = Bench('mammonet', a.seed, config, f'about {round(a.patients/1000*(5+4.5*a.epochs*len(a.train_seeds)))} minutes on 2 cores, most of it to train {len(ROWS)*len(a.train_seeds)} models', train_seeds=a.train_seeds)
     if bench.done('half_gaze - half_gain', METRICS[-1]): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
     folder = folder_of(base, a.epochs)
