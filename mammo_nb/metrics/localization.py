@@ -58,10 +58,11 @@ def localize(
     a, m = _check(attention, mask, 'localize')
     p = positive_attention(a, m.shape, breast)
     inside = np.ones(m.shape, bool) if breast is None else (np.asarray(breast) > 0) | m
+    signed = a if a.shape == m.shape else on_grid(a, m.shape)
     top, over = p == p.max(), p >= threshold*p.max()
     near = ndimage.distance_transform_edt(~m) <= tolerance if tolerance else m
     return dict(attention_in_lesion=float(p[m].sum()), pointing_game=float(near[top].mean()), iou=float((over & m).sum()/(over | m).sum()),
-                coverage_auc=float(auc(m[inside].astype(int), p[inside])) if not m[inside].all() else float('nan'), chance=float(m.sum()/inside.sum()), silent=float(_speaks(a, m.shape, breast)[0].sum() == 0))
+                coverage_auc=float(auc(m[inside].astype(int), signed[inside])) if not m[inside].all() else float('nan'), chance=float(m.sum()/inside.sum()), silent=float(_speaks(a, m.shape, breast)[0].sum() == 0))
 
 # %% ../../nbs/metrics/20_localization.ipynb #37eecb8c
 def lesion_mask(
