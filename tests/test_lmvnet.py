@@ -16,9 +16,11 @@ from mammo_nb.data.insilico import insilico_cohort, write_insilico
 from mammo_nb.data.pairs import pair_dls
 from mammo_nb.data.prepare import PrepareConfig
 from mammo_nb.core.errors import InputError
-from mammo_nb.data.risk_samples import RiskDataset, breast_history, risk_dls
+from mammo_nb.data.risk_samples import RiskAugment, RiskDataset, breast_history, risk_dls
 from mammo_nb.learners.registration import registration_learner
-from mammo_nb.learners.risk import RiskCIndex, lmvnet_learner, predict, risk_learner
+from mammo_nb.data.follow_up import survival_target
+from mammo_nb.learners.risk import _start_at, RiskCIndex, lmvnet_learner, predict, risk_learner
+from mammo_nb.learners.training import Resumable
 from mammo_nb.metrics.survival import c_index
 from mammo_nb.models.lmvnet import Attention, DualStreamBlock, LMVNet, LongitudinalFeatureProcessor, UnalignedRisk
 from mammo_nb.models.risk import BaseRiskModel, ContinuousPosEncoding, CurrentExamRisk, CumulativeProbabilityLayer, DensityRisk
@@ -277,3 +279,129 @@ def test_an_exported_registration_is_the_same(prepared, tmp_path):
     a, b = torch.rand(2, 1, 1, 64, 48)
     again = load_learner(tmp_path/'reg.pkl').model.eval()
     with torch.no_grad(): assert torch.equal(learn.model.eval()(a, b)['flow'], again(a, b)['flow'])
+
+# what a checkpoint, and what a model, is known by
+
+def other_net(): seed_everything(7); return MammoRegNet(width=2, depth=1)
+
+@pytest.fixture(scope='module')
+def begun(prepared, tmp_path_factory):
+    "A training that has come to its end: its folder, and its learner"
+    folder = tmp_path_factory.mktemp('begun')
+    seed_everything(1); learn = quiet(learner(prepared, MammoRegNet(width=2, depth=1), folder))
+    learn.fit(1)
+    return folder, learn
+
+def anew(prepared, folder, net=None, dls=None, cbs=None, seed=0, cls=None, model=None, known=(), **args):
+    "The same learner again, or one that differs in something"
+    if net is None: seed_everything(1); net = MammoRegNet(width=2, depth=1)
+    dls = dls or risk_dls(prepared, bs=4, seed=0, device='cpu')
+    return quiet(lmvnet_learner(dls, net, 'small', 8, model_args=dict(width=4, heads=2, **(model or {})), seed=seed, cbs=cbs, folder=folder, **{**dict(lr=1e-3, warmup=5), **args}))
+
+def test_the_same_training_is_taken_up(begun, prepared):
+    folder, first = begun
+    again = anew(prepared, folder)
+    again.fit(1)
+    assert again.recorder.values == first.recorder.values and all(torch.equal(v, first.model.state_dict()[k]) for k, v in again.model.state_dict().items())
+    again.fit(1)  # and once more, with what the training has left in the callbacks
+
+def test_what_it_is_known_by_does_not_change_in_training(begun, prepared):
+    folder, first = begun
+    assert torch.load(folder/'checkpoint.pt', weights_only=True)['about'] == anew_about(prepared)
+
+def anew_about(prepared):
+    seen = anew(prepared, None); cb = Resumable('nowhere'); seen.add_cb(cb)
+    with seen.no_bar(): seen.fit(0)
+    return cb.training_is
+
+OTHERS = dict(
+    diff_mode=(dict(model=dict(diff_mode='abs')), 'model.processor.diff_mode'),
+    prior_dropout=(dict(model=dict(prior_dropout=.5)), "model.prior_dropout: found 0.1 in the training that was begun there, expected 0.5"),
+    dropout=(dict(model=dict(dropout=.1)), 'dropout'),
+    frozen=(dict(model=dict(freeze_encoder=True)), 'frozen weights of processor'),
+    heads=(dict(head_weights=dict(multi=2.)), 'loss'),
+    recipe=(dict(recipe=None), 'optimizer'),
+    warmup=(dict(warmup=6), 'warm_up.steps: found 5'),
+    seed=(dict(seed=1), 'model.seed: found 0'),
+    rate=(dict(lr=2e-3), 'lr'),
+    clipping=(dict(cbs=[GradientClip(.1)]), 'gradient_clip: found nothing'))
+
+@pytest.mark.parametrize('change,said', OTHERS.values(), ids=OTHERS)
+def test_another_training_is_refused(begun, prepared, change, said):
+    with pytest.raises(InputError, match=said) as e: anew(prepared, begun[0], **change).fit(1)
+    assert 'another folder' in str(e.value) and 'checkpoint.pt' in str(e.value)
+
+def test_another_registration_is_refused(begun, prepared):
+    with pytest.raises(InputError, match='frozen weights of registration'): anew(prepared, begun[0], other_net()).fit(1)
+
+def test_other_data_are_refused(begun, prepared):
+    make = lambda **k: risk_dls(prepared, **{**dict(bs=4, seed=0, device='cpu'), **k})
+    swapped = make(); t = swapped.train_ds.rows; t['exam_id'] = t.exam_id.to_numpy()[::-1]
+    for dls, said in ((make(augment=None), 'RiskAugment: found in use'), (make(augment=RiskAugment(flip=.5)), 'RiskAugment.flip'), (make(priors=2), 'priors'), (swapped, 'train.rows'), (make(registration=still), 'flows')):
+        with pytest.raises(InputError, match=said): anew(prepared, begun[0], dls=dls).fit(1)
+
+def test_flows_of_another_registration_are_refused(prepared, tmp_path):
+    moved = lambda by: lambda fixed, moving: fixed.new_full((len(fixed), 2, *fixed.shape[2:]), by)
+    def make(by):
+        learn = lmvnet_learner(risk_dls(prepared, bs=4, seed=0, device='cpu', registration=moved(by)), None, 'small', 8, model_args=dict(width=4, heads=2), seed=0, folder=tmp_path)
+        return quiet(learn)
+    make(2.).fit(1); make(2.001).fit(1)
+    with pytest.raises(InputError, match='train.flows'): make(3.).fit(1)
+
+def test_a_schedule_is_compared(prepared, tmp_path):
+    make = lambda: quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), DensityRisk(), recipe=None, folder=tmp_path))
+    make().fit_one_cycle(1, 1e-3); make().fit_one_cycle(1, 1e-3)
+    with pytest.raises(InputError, match='schedule of lr'): make().fit_one_cycle(1, 2e-3)
+    with pytest.raises(InputError, match='param_scheduler'): make().fit(1)
+
+def test_checkpoints_of_an_older_version_are_refused(begun, prepared, tmp_path):
+    s = torch.load(begun[0]/'checkpoint.pt', weights_only=True)
+    for about in (dict(lr=s['about']['lr'], wd=s['about']['wd'], batch_size=4), {}, None):
+        torch.save({k: v for k, v in s.items() if k != 'about'} | ({} if about is None else dict(about=about)), tmp_path/'checkpoint.pt')
+        with pytest.raises(InputError, match='older version'): anew(prepared, tmp_path).fit(1)
+
+def test_a_registration_is_taken_up_too(prepared, tmp_path):
+    make = lambda **k: quiet(registration_learner(pair_dls(prepared, bs=8, seed=0, device='cpu'), MammoRegNet(width=2, depth=1), folder=tmp_path, seed=0, **k))
+    make().fit(1); make().fit(1)
+    with pytest.raises(InputError, match='loss.smooth'): make(smooth=2.).fit(1)
+
+def test_what_a_model_was_trained_on_goes_where_its_weights_go(prepared, tmp_path):
+    make = lambda: LMVNet('small', None, 8, width=4, heads=2)
+    net = risk_learner(risk_dls(prepared, bs=4, priors=3, seed=0, device='cpu'), make()).model
+    torch.save(net.state_dict(), tmp_path/'net.pt')
+    new = make(); assert new.description is None; new.load_state_dict(torch.load(tmp_path/'net.pt', weights_only=True))
+    other = prepare_cohort(prepared.cohort, prepared.cache.folder, PrepareConfig(size=(48, 64)), workers=1, progress=False)
+    rows, one = (breast_history(prepared.cohort, p, current='last') for p in (3, 1))
+    for m in (net, new):
+        assert m.description['training']['priors'] == 3 and m.description['training']['aligned'] is False and m.description['training']['prepare']['size'] == [64, 48]
+        assert predict(m, prepared, split='test').equals(predict(m, prepared, split='test', rows=rows, priors=3))
+        for args, said in ((dict(prepared=other), r'size: found \[48, 64\], expected \[64, 48\]'), (dict(priors=1), 'priors: found 1, expected 3'), (dict(registration=still), 'registration'), (dict(rows=one), 'time_gap_3'),
+                           (dict(samples=RiskDataset(prepared, one)), 'priors of the samples: found 1'), (dict(samples=RiskDataset(other, rows, priors=3)), 'size'), (dict(samples=RiskDataset(prepared, rows, priors=3, registration=still)), 'flows in the samples')):
+            with pytest.raises(InputError, match=said): predict(m, **{**dict(prepared=prepared, split='test'), **args})
+    old = {k: v for k, v in net.state_dict().items() if k != 'trained_on'}  # as written by an older version: nothing is known of them
+    new = make(); new.load_state_dict(old); assert new.description is None and len(predict(new, other, split='test'))
+    net.load_state_dict(old); assert net.description['training']['priors'] == 3
+    with pytest.raises(RuntimeError, match='unexpected|Unexpected'): new.load_state_dict(old | dict(more=torch.ones(1)))
+
+def test_a_learner_that_was_exported_remembers_too(prepared, tmp_path):
+    learn = quiet(learner(prepared)); learn.path = tmp_path
+    learn.export('learner.pkl')
+    with pytest.raises(InputError, match='as they lie'): predict(load_learner(tmp_path/'learner.pkl'), prepared, split='test', registration=still)
+
+# gaps and the start
+
+@torch.no_grad()
+def test_a_prior_of_long_ago_weighs_as_one_of_five_years():
+    seed_everything(0); net = LMVNet('small', None, 8, width=4, heads=2).eval()
+    b = batch(); b = dict(b, **{f'previous_image_{v}': torch.rand(2, 2, 64, 48) for v in ('cc', 'mlo')})
+    asked = lambda *gap: net(dict(b, time_gap=torch.tensor([[*gap]]*2)))
+    for k in ('risk_multi', 'prior_weight_cc'): assert torch.equal(asked(1., 5.)[k], asked(1., 15.)[k]) and not torch.equal(asked(1., 5.)[k], asked(1., 2.)[k])
+    there = {f'present_previous_{v}': torch.tensor([[1., 0.]]*2) for v in ('cc', 'mlo')}  # the second prior does not exist, nor does its gap
+    assert torch.equal(*(net(dict(b, **there, time_gap=torch.tensor([[1., g]]*2)))['risk_multi'] for g in (0., float('nan'))))
+
+@pytest.mark.parametrize('convention', ['known', 'cumulative'])
+def test_a_new_model_begins_at_the_risk_of_the_training_breasts(convention):
+    "100 women, ten cancers a year, all followed: 10 % to 50 %, however the years after a cancer are masked"
+    known = survival_target([*([y+.5 for y in range(5)]*10), *[float('nan')]*50], [5.]*100, convention=convention)
+    model = DensityRisk(); model.layer = CumulativeProbabilityLayer(1); _start_at(model, known)
+    assert torch.allclose(model.layer(torch.zeros(1, 1))[0].sigmoid(), torch.tensor([.1, .2, .3, .4, .5]), atol=1e-4)

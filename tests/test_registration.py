@@ -68,6 +68,14 @@ def test_correlation(window):
     assert float(ncc(x, x, window)) == pytest.approx(1, abs=1e-3) and float(ncc(x, -x, window)) == pytest.approx(-1, abs=1e-3)
     assert float(ncc(x, 3*x+2, window)) == pytest.approx(1, abs=1e-3) and abs(float(ncc(x, picture(9), window))) < .2
 
+@pytest.mark.parametrize('share', [.1, .5, .9])
+def test_a_windowed_correlation_counts_tissue_out_of_sight(share):
+    "Of a picture with contrast everywhere a share of the rows is kept: that share, and no more, is a match (windows over the edge aside)"
+    x = torch.rand(1, 1, 200, 60, generator=torch.Generator().manual_seed(0)); cut = x.clone(); cut[..., round(200*share):, :] = .5
+    assert float(ncc(x, cut, 5)) == pytest.approx(share, abs=.02) and float(ncc(cut, x, 5)) == pytest.approx(share, abs=.02)
+    air = torch.nn.functional.pad(x, (20, 20, 0, 0))
+    assert float(ncc(air, air, 5)) == pytest.approx(1, abs=1e-3)  # air on air is left out
+
 def test_correlation_is_of_each_picture_and_not_of_the_batch():
     a, b = torch.cat([picture(), picture(1)]), torch.cat([picture(), 5-picture(1)])
     assert torch.allclose(ncc(a, b), torch.tensor([1., -1.]), atol=1e-4)

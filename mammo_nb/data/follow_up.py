@@ -11,7 +11,7 @@ import torch
 from ..core.errors import InputError, check_in, check_range
 
 # %% ../../nbs/data/31_follow_up.ipynb #c5ad1265
-CONVENTIONS = ('known', 'mirai')
+CONVENTIONS = ('known', 'mirai', 'cumulative')
 
 def _years(v, what):
     v = np.asarray(v, dtype=np.float64)
@@ -22,7 +22,7 @@ def survival_target(
     years_to_cancer, # [N] or one number, years from the exam to the cancer, NaN: none is known
     years_followed, # the same shape, years from the exam to the last one known, NaN: not known
     years:int=5, # Y, how many years are predicted
-    convention:str='known', # `known`, or `mirai`: follow-up below a year, or not known, counts as one year
+    convention:str='known', # `known`; `mirai`: follow-up below a year, or not known, counts as one year; `cumulative`: years after a cancer are known, too
     prevalent_within:float=0. # cancers sooner than this many years are left out (mask 0)
 )->dict: # target, y_mask `[N,Y]` float32; event_times `[N]` int64, 0 to Y-1; event_observed `[N]` float32
     "What is known of the years after an exam"
@@ -34,7 +34,8 @@ def survival_target(
     if convention == 'mirai': whole = np.maximum(whole, 1)
     last = np.where(observed, event, np.minimum(whole, years)-1)  # the last year that is known, -1: none
     year = np.arange(years)
-    mask = (year <= last[..., None]) & ~(to < prevalent_within)[..., None]
+    known = np.where(observed & (convention == 'cumulative'), years-1, last)
+    mask = (year <= known[..., None]) & ~(to < prevalent_within)[..., None]
     target = observed[..., None] & (year >= event[..., None])
     kinds = dict(target=(target, np.float32), y_mask=(mask, np.float32), event_times=(np.maximum(last, 0), np.int64), event_observed=(observed, np.float32))
     return {k: torch.from_numpy(np.ascontiguousarray(v).astype(t)) for k, (v, t) in kinds.items()}

@@ -232,7 +232,7 @@ def _known_rows(prepared, rows, split, years, convention, where):
 
 def risk_dls(
     prepared:PreparedCohort, # prepared pictures with a cohort that has splits
-    bs:int=8, # breasts a batch
+    bs:int=4, # breasts a batch, as in the source
     years:int=5, # Y, years that are predicted
     priors:int=1, # P, prior exams in a sample
     train:str='train', # the split to learn from

@@ -97,8 +97,9 @@ def registration_learner(
     model = MammoRegNet() if model is None else model
     if inverse and not getattr(model, 'inverse', False): raise InputError('registration_learner', 'inverse', inverse, '0, or a model with inverse_flow: MammoRegNet(inverse=True)')
     if metrics is None: metrics = [PairMetric('ncc', matched), PairMetric('folding_percent', folded)] + ([PairMetric('tre_mm', tre_mm)] if dls.valid_ds.known else [])
-    own = [PairBatch(), KeepBest('valid_loss'), *([] if folder is None else [Resumable(folder)])]
-    return Learner(dls, model, RegistrationLoss(smooth, fold, inverse, window), opt_func=partial(Adam, decouple_wd=False), lr=lr, wd=wd, metrics=metrics, cbs=[*own, *(cbs or [])], **kwargs)
+    own = [PairBatch(), KeepBest('valid_loss'), *([] if folder is None else [Resumable(folder, seed=seed)])]
+    kwargs.setdefault('opt_func', partial(Adam, decouple_wd=False, sqr_mom=.999, eps=1e-8))  # PyTorch's constants, as in the source
+    return Learner(dls, model, RegistrationLoss(smooth, fold, inverse, window), lr=lr, wd=wd, metrics=metrics, cbs=[*own, *(cbs or [])], **kwargs)
 
 # %% ../../nbs/learners/10_registration.ipynb #cf93e7de
 def evaluate_registration(

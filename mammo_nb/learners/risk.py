@@ -6,6 +6,7 @@
 __all__ = ['RiskObjective', 'RiskCIndex', 'encoder_last_rate', 'risk_learner', 'lmvnet_learner', 'predict']
 
 # %% ../../nbs/learners/15_risk.ipynb #be7f83ca
+import json
 from functools import partial
 import numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
@@ -24,7 +25,7 @@ from ..data.cache import PreparedCohort, check_prepared
 from ..data.risk_samples import RiskDataset, breast_history
 from .callbacks import NamedOutput
 from .training import _bare, KeepBest, Resumable, SlowDown, StopEarly, WarmUp
-from .two_view import model_version
+from .two_view import _same_preparing, model_version
 from ..losses.survival import RiskLoss
 from ..metrics.predictions import predictions_table
 from ..metrics.survival import c_index
@@ -78,7 +79,8 @@ def _start_at(model, known):
     "Biases that say the risk of the training breasts (Kaplan-Meier by year), with every hazard above 0; those of a trained model stay"
     if any(bool(o.bias.any()) for o in (model.layer.base, model.layer.hazard)): return
     m, t = known['y_mask'], known['target']
-    p = 1-(1-(t*m).sum(0)/m.sum(0).clamp(min=1)).cumprod(0)
+    free = m*(1-torch.cat([t[:, :1]*0, t[:, :-1]], 1))  # free of cancer when the year begins
+    p = 1-(1-(t*free).sum(0)/free.sum(0).clamp(min=1)).cumprod(0)
     z = p.clamp(1e-3, .999).logit()
     rise = torch.cat([z.new_full((1,), .1), z.diff()]).clamp(min=.02)
     with torch.no_grad(): model.layer.base.bias.fill_(float(z[0]-rise[0])); model.layer.hazard.bias.copy_(rise)
@@ -87,6 +89,18 @@ def _recipe(recipe, warmup):
     if check_in(recipe, ('paper', None), 'risk_learner', 'recipe') is None: return []
     return [WarmUp(warmup), SlowDown('c_index', factor=2, patience=5, min_lr=1e-7), StopEarly('c_index', patience=15)]
 
+
+# %% ../../nbs/learners/15_risk.ipynb #22768e0a
+def _aligned(model, ds):
+    "Were priors aligned? `None`: a model that takes no flows"
+    if getattr(model, 'registration', None) is not None: return True
+    return getattr(ds, 'flows', None) is not None if getattr(model, 'asks_flows', False) else None
+
+def _remember(model, ds):
+    "Keep with the weights what they are trained on"
+    config = getattr(getattr(ds, 'prepared', None), 'config', None)
+    if config is None: return
+    model.remember(dict(prepare=json.loads(config.text), priors=getattr(ds, 'priors', 1), aligned=_aligned(model, ds)))
 
 # %% ../../nbs/learners/15_risk.ipynb #c642b177
 @delegates(Learner.__init__)
@@ -109,6 +123,7 @@ def risk_learner(
     if model.years != dls.train_ds.years: raise InputError('risk_learner', 'model.years', model.years, f'{dls.train_ds.years}, as in the loaders')
     if start and isinstance(getattr(model, 'layer', None), CumulativeProbabilityLayer): _start_at(model, dls.train_ds.known)
     if isinstance(model, LMVNet): model.needs_flows.fill_(model.asks_flows and dls.train_ds.flows is not None)
+    _remember(model, dls.train_ds)
     if encoder_rate is None: encoder_rate = .1 if getattr(_encoder(model), 'source', False) else 1
     kwargs.setdefault('opt_func', Adam if recipe is None else partial(Adam, sqr_mom=.999, eps=1e-8))  # AdamW of the source: PyTorch's
     own = [NamedOutput('risk_multi', 'target'), KeepBest('c_index'), *_recipe(recipe, warmup), *([] if folder is None else [Resumable(folder)])]
@@ -131,6 +146,7 @@ def lmvnet_learner(
     "A fastai learner for LMV-Net"
     if seed is not None: seed_everything(seed)
     model = LMVNet(encoder, registration, stride, dls.train_ds.years, pretrained=pretrained, **(model_args or {}))
+    model.seed = seed  # a checkpoint is known by it
     return risk_learner(dls, model, **kwargs)
 
 # %% ../../nbs/learners/15_risk.ipynb #ef4e3f8f
@@ -159,13 +175,25 @@ def _named(out):
     flat = {f'{names[k]}_{y+1}': v[:, y] for k, v in out.items() if k in names for y in range(v.shape[1])}
     return flat | {k: out[k] for k in ('views_used', 'priors_used')}
 
+# %% ../../nbs/learners/15_risk.ipynb #f7e09e0a
+def _as_in_training(model, prepared, priors, registration, samples):
+    "The number of priors; refuses what differs from the training of the model"
+    was = (getattr(model, 'description', None) or {}).get('training')
+    if was is None: return 1 if priors is None else priors
+    _same_preparing(model, getattr(samples, 'prepared', None) or check_prepared(prepared, 'predict'))
+    for p, what in ((priors, 'priors'), (getattr(samples, 'priors', None), 'priors of the samples')):
+        if p not in (None, was['priors']): raise InputError('predict', what, p, f'{was["priors"]}, as in training')
+    if was['aligned'] is False and (registration is not None or getattr(samples, 'flows', None) is not None):
+        raise InputError('predict', 'registration', 'one' if samples is None else 'flows in the samples', 'none: this model was trained on priors as they lie')
+    return was['priors']
+
 # %% ../../nbs/learners/15_risk.ipynb #b2d67059
 def predict(
     model:BaseRiskModel|Learner, # a model, or a learner with one
     prepared:PreparedCohort, # pictures, prepared as those that it was trained on
     split:str|None=None, # `train`, `valid` or `test`; `None`: all
     rows:pd.DataFrame|None=None, # as from `breast_history`; `None`: each breast at the last exam of the patient
-    priors:int=1, # prior exams that the model may use
+    priors:int|None=None, # prior exams that the model may use; `None`: as in training, 1 where that is not known
     registration=None, # asked once for every pair, see `data.risk_samples.prior_flows`; `None`: that of the model
     system:str='lmvnet', # name in the table
     samples:RiskDataset|None=None, # samples that are there already; they replace rows, priors and registration
@@ -174,6 +202,7 @@ def predict(
 )->pd.DataFrame: # predictions table
     "What a risk model says about the breasts of a cohort"
     model = getattr(model, 'model', model)
+    priors = _as_in_training(model, prepared, priors, registration, samples)
     if samples is not None: ds = rows = samples
     else:
         rows = breast_history(check_prepared(prepared, 'predict').cohort, priors, current='last') if rows is None else rows

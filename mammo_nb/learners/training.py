@@ -6,15 +6,20 @@
 __all__ = ['StopEarly', 'SlowDown', 'KeepBest', 'WarmUp', 'Resumable']
 
 # %% ../../nbs/learners/02_training.ipynb #e78abb11
-import os, random
+import hashlib, inspect, json, os, random
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 import mammo_nb.core.fastai_import
 from fastai.callback.core import CancelEpochException, CancelFitException, Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, TrackerCallback
+from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from ..core.errors import InputError, check_range
+from ..models.backbones import is_frozen
 
 # %% ../../nbs/learners/02_training.ipynb #52914bb2
 def _bare(model): return model.module if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)) else model  # without the wrapper of several GPUs
@@ -89,37 +94,134 @@ def _to_parameters(state, opt):
 
 def _plain(v): return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 0) == 0 and not isinstance(v, torch.Tensor) else v
 
+# %% ../../nbs/learners/02_training.ipynb #1dafa8b7
+def _text(v):
+    "A setting as a text that is the same in every process; `None` for what is no setting"
+    if isinstance(v, (str, int, float, bool, type(None))): return repr(v)
+    if isinstance(v, (np.number, np.bool_)): return repr(v.item())
+    if isinstance(v, (tuple, list)): return None if None in (parts := [_text(o) for o in v]) else f'({", ".join(parts)})'
+    if isinstance(v, dict): return _text([o for pair in v.items() for o in pair])
+    if isinstance(v, partial): return _text([v.func, *v.args, v.keywords])
+    return getattr(v, '__qualname__', None) or getattr(v, '__name__', None)  # a function, a class
+
+def _plainly(d, name):
+    "The settings in a dictionary, those of its dictionaries one by one"
+    out = {}
+    for k, v in d.items():
+        if str(k).startswith('_') or k == 'training': continue
+        out |= _plainly(v, f'{name}.{k}') if isinstance(v, dict) else {} if (t := _text(v)) is None else {f'{name}.{k}': t}
+    return out
+
+def _made_with(o, name=None):
+    "The settings of an object that have the names of its constructor's arguments"
+    names = {k for c in type(o).__mro__ if '__init__' in vars(c) for k in inspect.signature(c.__init__).parameters}
+    return _plainly({k: v for k, v in getattr(o, '__dict__', {}).items() if k in names}, name or type(o).__name__)
+
+def _modules(module, name):
+    "A module and all that it is made of"
+    out = {}
+    for k, m in module.named_modules(prefix=name): out |= {k: type(m).__name__, **_plainly(vars(m), k)}
+    return out
+
+# %% ../../nbs/learners/02_training.ipynb #19f504c7
+def _sha(tensors):
+    "A hash of named tensors, wherever they are"
+    h = hashlib.sha256()
+    for k, v in tensors: h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode()); h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:12]
+
+def _frozen(model):
+    "A hash of the weights and buffers that no training changes, for each part of the model"
+    parts = {}
+    for name, m in model.named_modules():
+        still = [(k, p) for k, p in m._parameters.items() if p is not None and not p.requires_grad] + [(k, b) for k, b in m._buffers.items() if b is not None and is_frozen(m)]
+        for k, v in still: full = f'{name}.{k}'.lstrip('.'); parts.setdefault(full.split('.')[0], []).append((full, v))
+    return {f'frozen weights of {k}': _sha(v) for k, v in parts.items()}
+
+# %% ../../nbs/learners/02_training.ipynb #b9847f2b
+def _of_loss(loss, model):
+    "A loss, and the modules that it is made of; of its buffers the numbers"
+    own, out = getattr(loss, '__dict__', {}), dict(loss=_text(loss) or type(loss).__name__)
+    for k, m in {'loss': loss, **{f'loss.{k}': v for k, v in own.items()}}.items():
+        if isinstance(m, torch.nn.Module) and m is not model: out |= _modules(m, k) | {f'{k}.{b}': str(v.tolist()) for b, v in m.named_buffers() if v.numel() <= 16}
+    return out | _plainly(own, 'loss')
+
+def _of_data(ds, name):
+    "A data set: its settings, how its pictures were prepared, who is in it, and how far the flows go that come with it"
+    out, rows, known, flows = _made_with(ds, name), *(getattr(ds, k, None) for k in ('rows', 'known', 'flows'))
+    prepared = getattr(getattr(ds, 'prepared', None), 'config', None)
+    if prepared is not None: out |= _plainly(json.loads(prepared.text), 'prepared pictures')
+    if hasattr(rows, 'to_csv'): out[f'{name}.rows'] = hashlib.sha256(rows[[c for c in rows if '_id' in c or rows[c].dtype.kind in 'iufb']].to_csv(index=False).encode()).hexdigest()[:12]
+    if isinstance(known, dict): out[f'{name}.known'] = _sha(known.items())
+    if isinstance(flows, dict): out[f'{name}.flows, mean size in cells'] = [float(flows[k].float().abs().mean()) for k in sorted(flows)[::max(1, len(flows)//8)][:8]]
+    return out
+
+_RULES = (KeepBest, WarmUp, EarlyStoppingCallback, ReduceLROnPlateau, ParamScheduler, GradientAccumulation, GradientClip, MixedPrecision, BnFreeze, ShortEpochCallback)
+
+def _of_callbacks(cbs):
+    "Those that change what is learnt; of a schedule its values at eleven places"
+    out = {}
+    for cb in cbs.sorted('order'):
+        if not isinstance(cb, _RULES): continue
+        out |= {cb.name: type(cb).__name__, **_made_with(cb, cb.name)}
+        if isinstance(cb, ParamScheduler): out |= {f'schedule of {k}': ' '.join(f'{x:.4g}' for p in np.linspace(0, 1, 11) for x in np.ravel(f(p))) for k, f in cb.scheds.items()}
+    return out
+
+def _agree(a, b):
+    "Texts to the letter, measured sizes to 1%"
+    if not (isinstance(a, list) and isinstance(b, list)): return a == b
+    return len(a) == len(b) and np.allclose(a, b, rtol=.01, atol=.01)
+
 # %% ../../nbs/learners/02_training.ipynb #3a930817
 class Resumable(Callback):
     "Write a checkpoint after each epoch; go on from it if it is there"
     order, remove_on_fetch, _only_train_loop = 10**6, True, True # after everybody else
     counts = ('best', 'wait', 'weights', 'epoch_of_best')
     def __init__(self,
-        folder # where the checkpoint is, or will be: `checkpoint.pt`
-    ): self.path, self.done, self.paused = Path(folder)/'checkpoint.pt', 0, []
+        folder, # where the checkpoint is, or will be: `checkpoint.pt`
+        **known # what else the training is known by, such as `seed=0`: plain values
+    ): self.path, self.done, self.paused, self.known_by, self.training_is = Path(folder)/'checkpoint.pt', 0, [], known, {}
 
     def trackers(self): return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, TrackerCallback)]
 
     def about(self):
-        "What a training is known by"
-        return dict(lr=str(self.learn.lr), wd=str(self.learn.wd), batch_size=self.dls.train.bs, train_samples=len(self.dls.train_ds), valid_samples=len(self.dls.valid_ds))
+        "What a training is known by, before its first step"
+        learn, model, (a, b) = self.learn, _bare(self.learn.model), self.dls.loaders[:2]
+        tfms = [t for p in ('after_item', 'before_batch', 'after_batch') for t in getattr(getattr(getattr(a, 'dl', a), p, None), 'fs', ())]
+        out = {k: ' '.join(f'{float(h[k]):.6g}' for h in learn.opt.hypers) for k in ('lr', 'wd')}
+        out |= dict(batch_size=a.bs, train_samples=len(a.dataset), valid_samples=len(b.dataset), optimizer=_text(learn.opt_func) or type(learn.opt_func).__name__)
+        for o in tfms: out |= {type(o).__name__: 'in use', **_made_with(o)}
+        return out | {k: repr(v) for k, v in self.known_by.items()} | _modules(model, 'model') | _of_loss(learn.loss_func, model) | _of_callbacks(learn.cbs) | _of_data(a.dataset, 'train') | _of_data(b.dataset, 'valid') | _frozen(model)
 
-    def before_fit(self):
-        "Take up a checkpoint"
-        self.done, self.stopped, self.run = 0, False, not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
-        if not (self.run and self.path.is_file()): return
-        try: s = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise InputError(self.path, 'checkpoint', f'{type(e).__name__}: {str(e)[:200]}', 'a file that Resumable wrote') from e
-        if s['epochs'] != self.n_epoch: raise InputError(self.path, 'epochs', f'a training of {s["epochs"]}', f'{self.n_epoch}, or another folder')
-        other = [k for k, v in self.about().items() if s.get('about', {}).get(k) != v]
-        if other: raise InputError(self.path, other[0], s.get('about', {}).get(other[0]), f'{self.about()[other[0]]}, or another folder')
-        try: _bare(self.learn.model).load_state_dict(s['model']); self.learn.opt.load_state_dict(_to_parameters(s['opt'], self.learn.opt))
-        except (RuntimeError, AssertionError, ValueError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
-        for cb, state in zip(self.trackers(), s['trackers']): cb.__dict__.update(state)
-        self.learn.recorder.values = s['values']
-        self.done, self.stopped, self.generators, self.smooth = s['done'], s['stopped'], s['generators'], s['smooth']
-        self.paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
-        for cb in self.paused: cb.run = False
+    def compare(self, was):
+        "Refuse the checkpoint of another training"
+        if 'model' not in was: raise InputError(self.path, 'checkpoint', 'one of an older version, which does not say what was trained', 'another folder, or none there: delete it to begin anew')
+        now, none = self.training_is, 'nothing'
+        other = [k for k in {**now, **was} if not _agree(was.get(k, none), now.get(k, none))]
+        if not other: return
+        said, here = (str(d.get(other[0], none))[:100] for d in (was, now))
+        more = f' (and {len(other)-1} more: {", ".join(other[1:4])}{" ..." if len(other) > 4 else ""})' if len(other) > 1 else ''
+        raise InputError(self.path, other[0], f'{said} in the training that was begun there', f'{here}, as here{more}, or another folder')
+
+# %% ../../nbs/learners/02_training.ipynb #2f162d7c
+@patch
+def before_fit(self:Resumable):
+    "Take up a checkpoint"
+    self.done, self.stopped, self.run = 0, False, not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
+    if not self.run: return
+    self.training_is = self.about()
+    if not self.path.is_file(): return
+    try: s = torch.load(self.path, map_location='cpu', weights_only=True)
+    except Exception as e: raise InputError(self.path, 'checkpoint', f'{type(e).__name__}: {str(e)[:200]}', 'a file that Resumable wrote') from e
+    if s['epochs'] != self.n_epoch: raise InputError(self.path, 'epochs', f'a training of {s["epochs"]}', f'{self.n_epoch}, or another folder')
+    self.compare(s.get('about', {}))
+    try: _bare(self.learn.model).load_state_dict(s['model']); self.learn.opt.load_state_dict(_to_parameters(s['opt'], self.learn.opt))
+    except (RuntimeError, AssertionError, ValueError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
+    for cb, state in zip(self.trackers(), s['trackers']): cb.__dict__.update(state)
+    self.learn.recorder.values = s['values']
+    self.done, self.stopped, self.generators, self.smooth = s['done'], s['stopped'], s['generators'], s['smooth']
+    self.paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
+    for cb in self.paused: cb.run = False
 
 # %% ../../nbs/learners/02_training.ipynb #1179424e
 @patch
@@ -130,7 +232,7 @@ def before_epoch(self:Resumable):
 
 @patch
 def _write(self:Resumable, stopped=False):
-    s = dict(epochs=self.n_epoch, about=self.about(), done=self.epoch+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
+    s = dict(epochs=self.n_epoch, about=self.training_is, done=self.epoch+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
              trackers=[{k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for cb in self.trackers()], values=[[_plain(v) for v in row] for row in self.learn.recorder.values], smooth=[self.learn.recorder.smooth_loss.count, torch.as_tensor(self.learn.recorder.smooth_loss.val).cpu()])
     s['opt'] = dict(state=[dict(o) for o in s['opt']['state']], hypers=[{k: _plain(v) for k, v in h.items()} for h in s['opt']['hypers']])
     if not rank_distrib():  # of several processes the first

@@ -42,15 +42,31 @@ def risk_table(
     if lost.any() and not quiet: print(f'{lost.sum()} of {len(out)} breasts have neither a cancer nor any follow-up after this exam and are left out' + (' (earlier exams have some: breast_history(cohort), all exams)' if lost.mean() > .5 else ''))
     return out[~lost].reset_index(drop=True)
 
-# %% ../../nbs/metrics/15_survival.ipynb #6cbe3012
-def _arrays(time, event, weight):
-    "Years, events as bool, weights [B,N]"
-    return np.asarray(time, dtype=np.float64), np.asarray(event) == 1, np.atleast_2d(_weights(weight, len(time)))
+# %% ../../nbs/metrics/15_survival.ipynb #b24d02ca
+_LEAVE = 'leave women without known follow-up out first, as risk_table does'
+
+def _column(where, what, values, n, ok, expected):
+    "Numbers [N]; `InputError` at the first row that is not `ok`"
+    raw = np.asarray(values)
+    if raw.shape != (n,): raise InputError(where, what, f'shape {raw.shape}', f'shape ({n},): one number a breast, as many as times')
+    v = pd.to_numeric(pd.Series(raw), errors='coerce').to_numpy(dtype=np.float64, na_value=np.nan)
+    bad = np.flatnonzero(~ok(v))
+    if len(bad): raise InputError(where, what, f'{raw[bad[0]]} in row {bad[0]}' + (f' (and {len(bad)-1} more rows)' if len(bad) > 1 else ''), expected)
+    return v
+
+def _arrays(where, time, event, *risk, weight=None):
+    "Years, events as bool, weights [B,N], risks: all of them known"
+    n = len(np.asarray(time))
+    t = _column(where, 'time', time, n, lambda v: (v >= 0) & np.isfinite(v), f'years from 0 on; {_LEAVE}')
+    e = _column(where, 'event', event, n, lambda v: (v == 0) | (v == 1), f'1 (cancer) or 0 (censored); {_LEAVE}')
+    r = [_column(where, 'risk' if len(risk) == 1 else f'risk {k} of {len(risk)}', o, n, lambda v: ~np.isnan(v), 'a number; leave breasts without an answer out first') for k, o in enumerate(risk, 1)]
+    return t, e == 1, np.atleast_2d(_weights(weight, n)), *r
 
 def _as_asked(values, weight):
     "[B] where many weights were given, else one number"
     return values if np.ndim(weight) == 2 else float(np.ravel(values)[0])
 
+# %% ../../nbs/metrics/15_survival.ipynb #6cbe3012
 def _steps(time, end, weight):
     "Kaplan-Meier of the event `end` (bool), weights [B,N] -> (sorted different times [T], probability to be without it after each [B,T])"
     w = np.atleast_2d(weight)
@@ -61,16 +77,25 @@ def _steps(time, end, weight):
     risk = (ended+left)[:, ::-1].cumsum(1)[:, ::-1]  # all who are there just before each time
     return times, ended, left, risk
 
+def _curve(time, event, w):
+    "Different times [T], probability of no event after each [B,T]"
+    times, ended, _, risk = _steps(time, event, w)
+    with np.errstate(invalid='ignore', divide='ignore'): return times, np.cumprod(np.where(risk > 0, 1-ended/risk, 1), 1)
+
+def _followed(time, event, at, w):
+    "G(t-) [B,K]"
+    times, gone, ill, risk = _steps(time, ~event, w)
+    with np.errstate(invalid='ignore', divide='ignore'): g = np.cumprod(np.where(risk-ill > 0, 1-gone/(risk-ill), 1), 1)
+    return np.concatenate([np.ones((len(g), 1)), g], 1)[:, np.searchsorted(times, np.asarray(at, dtype=np.float64), side='left')]
+
 def survival_curve(
     time, # [N] years
     event, # [N] 0 or 1
     weight=None # [N] or [B,N]; `None`: all 1
 )->tuple: # different times [T], probability of no event after each, [T] or [B,T]
     "Kaplan-Meier: the probability of staying free of the event"
-    time, event, w = np.asarray(time, dtype=np.float64), np.asarray(event) == 1, _weights(weight, len(time))
-    times, ended, _, risk = _steps(time, event, w)
-    with np.errstate(invalid='ignore', divide='ignore'): s = np.cumprod(np.where(risk > 0, 1-ended/risk, 1), 1)
-    return times, s if np.ndim(w) == 2 else s[0]
+    times, s = _curve(*_arrays('survival_curve', time, event, weight=weight))
+    return times, s if np.ndim(weight) == 2 else s[0]
 
 def followed_before(
     time, # [N] years
@@ -79,11 +104,9 @@ def followed_before(
     weight=None # [N] or [B,N]; `None`: all 1
 )->np.ndarray: # [K] or [B,K]: probability of still being followed just before each
     "Kaplan-Meier of leaving the study, G(t-)"
-    time, event, w = np.asarray(time, dtype=np.float64), np.asarray(event) == 1, _weights(weight, len(time))
-    times, gone, ill, risk = _steps(time, ~event, w)
-    with np.errstate(invalid='ignore', divide='ignore'): g = np.cumprod(np.where(risk-ill > 0, 1-gone/(risk-ill), 1), 1)
-    g = np.concatenate([np.ones((len(g), 1)), g], 1)[:, np.searchsorted(times, np.asarray(at, dtype=np.float64), side='left')]
-    return g if np.ndim(w) == 2 else g[0]
+    time, event, w = _arrays('followed_before', time, event, weight=weight)
+    g = _followed(time, event, at, w)
+    return g if np.ndim(weight) == 2 else g[0]
 
 # %% ../../nbs/metrics/15_survival.ipynb #b3c01423
 def _pairs(risk, time, event, year, of_the_later):
@@ -110,20 +133,20 @@ def c_index(
 ): # float or [B]; NaN where no pair counts
     "Concordance: the probability that the one who gets cancer first has the higher risk"
     check_in(convention, ('uno', 'harrell', 'mirai'), 'c_index', 'convention')
-    time, event, w = _arrays(time, event, weight)
-    risk = np.stack([np.asarray(r, dtype=np.float64) for r in risk], 1)
+    time, event, w, *risk = _arrays('c_index', time, event, *risk, weight=weight)
+    risk = np.stack(risk, 1)
     if convention == 'mirai': time, event = _whole_years(time, event, max(risk.shape[1], 5))
     year = np.clip(np.ceil(time-1e-9).astype(int), 1, risk.shape[1])-1
     i, first, right = _pairs(risk, time, event, year, convention == 'mirai')
     if tau is not None: i, first, right = (o[time[i] <= tau] for o in (i, first, right))
     start, end = w[:, i], w
-    if convention == 'uno': start = start/followed_before(time, event, time[i], w).clip(1e-12)**2
+    if convention == 'uno': start = start/_followed(time, event, time[i], w).clip(1e-12)**2
     if convention == 'mirai': end = end/_free_at(time, event, w).clip(1e-12)**2
     out = _ratio((start*(end @ (first*right).T)).sum(-1), (start*(end @ first.T.astype(float))).sum(-1))
     return _as_asked(out, weight)
 
 def _free_at(time, event, w):
-    times, s = survival_curve(time, event, w)
+    times, s = _curve(time, event, w)
     return s[:, np.searchsorted(times, time)]
 
 # %% ../../nbs/metrics/15_survival.ipynb #2f0500af
@@ -136,7 +159,7 @@ def auc_by_year(
     year:float=5 # k
 ): # float or [B]; NaN where a class is missing
     "Area under the ROC curve: cancer within `year` years against known to be free for as long"
-    time, ill = np.asarray(time, dtype=np.float64), np.asarray(event) == 1
+    time, ill, _, risk = _arrays('auc_by_year', time, event, risk)
     label = np.where(ill & (time <= year), 1., np.where(time >= year, 0., np.nan))
     return auc(label, risk, weight)
 
@@ -144,8 +167,12 @@ def auc_by_year(
 def _at_year(time, event, w, year):
     "Weights [B,N] of those with a cancer by `year` and of those free of it after"
     ill, free = (event & (time <= year)), time > year
-    g = followed_before(time, event, np.append(np.minimum(time, year), np.nextafter(year, np.inf)), w)
+    g = _followed(time, event, np.append(np.minimum(time, year), np.nextafter(year, np.inf)), w)
     return w*ill/g[:, :-1].clip(1e-12), w*free/g[:, -1:].clip(1e-12)
+
+def _beyond(time, w, year, whole=False):
+    "[B]: whether anybody is observed beyond `year`, or (`whole`) for the whole of it"
+    return w[:, time >= year if whole else time > year].any(-1)
 
 @batched
 def auc_cumulative(
@@ -154,12 +181,12 @@ def auc_cumulative(
     risk, # [N] risk by the end of `year`
     weight=None, # [N] or [B,N]; `None`: all 1
     year:float=5 # k
-): # float or [B]; NaN where a class is missing
+): # float or [B]; NaN where a class is missing: without a cancer by `year`, or with nobody observed beyond it
     "The same, for all women, also those who left"
-    time, event, w = _arrays(time, event, weight)
+    time, event, w, risk = _arrays('auc_cumulative', time, event, risk, weight=weight)
     ill, free = _at_year(time, event, w, year)
     both = np.concatenate([ill, free], 1)
-    out = auc(np.repeat([1, 0], len(time)), np.tile(np.asarray(risk, dtype=np.float64), 2), both)
+    out = auc(np.repeat([1, 0], len(time)), np.tile(risk, 2), both)
     return _as_asked(out, weight)
 
 # %% ../../nbs/metrics/15_survival.ipynb #c31335b1
@@ -170,15 +197,19 @@ def brier_by_year(
     risk, # [N] probability of a cancer by the end of `year`
     weight=None, # [N] or [B,N]; `None`: all 1
     year:float=5 # k
-): # float or [B], 0 (perfect) to 1
+): # float or [B], 0 (perfect) to 1; NaN where nobody is observed beyond `year`
     "Mean squared error of the risk by `year`, corrected for those who left"
-    time, event, w = _arrays(time, event, weight)
+    time, event, w, r = _arrays('brier_by_year', time, event, risk, weight=weight)
     ill, free = _at_year(time, event, w, year)
-    r = np.asarray(risk, dtype=np.float64)
     out = _ratio((ill*(1-r)**2 + free*r**2).sum(-1), w.sum(-1))
-    return _as_asked(out, weight)
+    return _as_asked(np.where(_beyond(time, w, year), out, np.nan), weight)
 
 # %% ../../nbs/metrics/15_survival.ipynb #bdc8ba27
+def _share(time, event, w, year):
+    "[B]: share with a cancer by `year`, Kaplan-Meier"
+    times, s = _curve(time, event, w)
+    return 1-np.concatenate([np.ones((len(s), 1)), s], 1)[:, np.searchsorted(times, year, side='right')]
+
 @batched
 def expected_over_observed(
     time, # [N] years
@@ -186,13 +217,11 @@ def expected_over_observed(
     risk, # [N] probability of a cancer by the end of `year`
     weight=None, # [N] or [B,N]; `None`: all 1
     year:float=5 # k
-): # float or [B]; NaN without a cancer by then
+): # float or [B]; NaN without a cancer by then, or with nobody observed for the whole of `year`
     "Mean risk that was said, over the share that came true"
-    time, event, w = _arrays(time, event, weight)
-    times, s = survival_curve(time, event, w)
-    s = np.concatenate([np.ones((len(s), 1)), s], 1)[:, np.searchsorted(times, year, side='right')]
-    out = _ratio((w*np.asarray(risk, dtype=np.float64)).sum(-1), w.sum(-1)*(1-s))
-    return _as_asked(out, weight)
+    time, event, w, risk = _arrays('expected_over_observed', time, event, risk, weight=weight)
+    out = _ratio((w*risk).sum(-1), w.sum(-1)*_share(time, event, w, year))
+    return _as_asked(np.where(_beyond(time, w, year, whole=True), out, np.nan), weight)
 
 def plot_risk_calibration(
     table:pd.DataFrame, # as from `risk_table`
@@ -202,11 +231,11 @@ def plot_risk_calibration(
     ax=None # axes to draw on; `None`: new ones
 ): # the axes
     "Said and come true, in groups of rising risk"
-    ax, name = ax or plt.subplots(figsize=(3, 2.8))[1], f'risk_year_{year}'
+    name = f'risk_year_{year}'
+    _arrays('plot_risk_calibration', table.time, table.event, table[name])
+    ax = ax or plt.subplots(figsize=(3, 2.8))[1]
+    share = batched(lambda time, event, risk, weight=None: _share(time, event == 1, weight, year))
     for _, g in table.groupby(pd.qcut(table[name].rank(method='first'), check_range(groups, 2, None, 'plot_risk_calibration', 'groups', whole=True))):
-        def share(time, event, risk, weight=None):
-            times, s = survival_curve(time, event, weight)
-            return 1-np.concatenate([[1.], s])[np.searchsorted(times, year, side='right')]
         x, e = g[name].mean(), bootstrap_ci(g, share, columns=('time', 'event', name), n_boot=n_boot)
         ax.errorbar([x], [e.value], yerr=[[max(e.value-e.low, 0)], [max(e.high-e.value, 0)]], fmt='o', color='C0', ms=4, capsize=2)
     top = max(ax.get_ylim()[1], table[name].quantile(.98))
@@ -230,6 +259,10 @@ def evaluate_risk(
     years = sorted(int(c.rsplit('_', 1)[1]) for c in tables[0] if c.startswith('risk_year_'))
     if not years: raise InputError('evaluate_risk', 'columns', ', '.join(tables[0]), 'risk_year_1, risk_year_2, ... as from risk_table')
     if by is not None and (by not in tables[0] or tables[0][by].isna().all()): raise InputError('evaluate_risk', by, 'not known of any breast' if by in tables[0] else f'no such column among {", ".join(tables[0])}', 'a column with the strata')
+    asked = ('time', 'event', *(f'risk_year_{k}' for k in years))
+    for t in tables:
+        if not {*asked} <= {*t}: raise InputError('evaluate_risk', 'columns', ', '.join(t), ', '.join(asked) + ' as from risk_table')
+        _arrays('evaluate_risk', *(t[c] for c in asked))
     rows = []
     for s in [None] if by is None else sorted(tables[0][by].dropna().unique()):
         part = [t if s is None else t[t[by] == s] for t in tables]

@@ -63,13 +63,13 @@ def weigh(self:LongitudinalFeatureProcessor,
 def forward(self:LongitudinalFeatureProcessor,
     current:Tensor, # [B,1,H,W]
     previous:Tensor, # [B,P,H,W]
-    time_gap:Tensor, # [B,P] or [B] years
+    time_gap:Tensor, # [B,P] or [B] years; cut to those of the time encoding, 0 to 5
     there:Tensor|None=None, # [B,P] 1 where the prior exists; `None`: all do
     flow:Tensor|None=None, # [B,P,2,H,W] from each prior to the current exam; `None`: no motion
     seen:Tensor|None=None # [B] 1 where the current picture exists; `None`: all do
 )->tuple: # features [B,3C,h,w], weights of the priors [B,P]
     "Read one view now and before"
-    (b, p), gap = previous.shape[:2], time_gap.reshape(len(previous), -1)
+    (b, p), gap = previous.shape[:2], time_gap.reshape(len(previous), -1).nan_to_num(0).clamp(0, self.time.most)  # a prior that is missing has no gap
     there = gap.new_ones(b, p) if there is None else there.reshape(b, p)
     seen = gap.new_ones(b) if seen is None else seen.to(there.dtype)
     f = those_there(self.encoder, torch.cat([current, previous.reshape(b*p, 1, *previous.shape[2:])]), torch.cat([seen, there.flatten()]))
@@ -184,7 +184,7 @@ class LMVNet(BaseRiskModel):
         dropout:float=.3, # in the attention blocks
         drop_path:float=.2, # in the attention blocks
         weight_dropout:float|None=None, # of the attention weights; `None`: as `dropout`
-        token_pool:int=1, # cells along a side that become one token, by their largest values; 1: each cell is a token
+        token_pool:int=1, # cells along a side that become one token, by their largest values (of the difference: the largest rise); 1: each cell is a token
         pretrained:bool|str=False, # see `models.backbones.Backbone`
         freeze_encoder:bool=False, # keep the encoder as it is
         diff_mode:str='signed', # see `LongitudinalFeatureProcessor`

@@ -6,10 +6,12 @@
 __all__ = ['CumulativeProbabilityLayer', 'ContinuousPosEncoding', 'BaseRiskModel', 'DensityRisk', 'CurrentExamRisk']
 
 # %% ../../nbs/models/10_risk.ipynb #238469f1
+import json
 from abc import ABC, abstractmethod
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from fastcore.basics import patch
 from ..core.errors import InputError, check_range
 from .blocks import those_there
 from .two_view import make_encoder
@@ -86,6 +88,28 @@ class BaseRiskModel(nn.Module, ABC):
     )->Tensor: # probabilities [B,Y]
         "The answer"
         return outputs['risk_multi'].float().sigmoid()
+
+# %% ../../nbs/models/10_risk.ipynb #3125b301
+@patch
+def remember(self:BaseRiskModel,
+    training:dict # what JSON can hold: a learner gives `prepare`, `priors`, `aligned`
+):
+    "Keep with the weights what they were trained on"
+    self.register_buffer('trained_on', torch.tensor(list(json.dumps(training).encode()), dtype=torch.uint8))
+
+@patch(as_prop=True)
+def description(self:BaseRiskModel): # `dict(training=...)`; `None`: not known
+    "What a model was trained on"
+    kept = getattr(self, 'trained_on', None)
+    return None if kept is None else dict(training=json.loads(bytes(kept.tolist())))
+
+@patch
+def _load_from_state_dict(self:BaseRiskModel, state_dict, prefix, *args):
+    "Weights bring what they were trained on, or they do not"
+    k, own = f'{prefix}trained_on', getattr(self, 'trained_on', None)
+    if k in state_dict: self.register_buffer('trained_on', torch.empty_like(state_dict[k], device=next(self.parameters(), state_dict[k]).device))
+    elif own is not None: state_dict[k] = own
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../../nbs/models/10_risk.ipynb #f0646f79
 class DensityRisk(BaseRiskModel):

@@ -172,7 +172,8 @@ def show_registration(
     "What a flow does to a prior"
     fixed, moving, flow = fixed.reshape(fixed.shape[-2:]).cpu().float(), moving.reshape(moving.shape[-2:]).cpu().float(), flow.detach().reshape(2, *flow.shape[-2:]).cpu().float()
     warped = warp(moving[None, None], flow[None])[0, 0]
-    fig, axs = plt.subplots(1, 5, figsize=(width, .31*width*fixed.shape[0]/fixed.shape[1]), gridspec_kw=dict(wspace=.04, left=0, right=1, bottom=0, top=.84))
+    picture = .195*width*fixed.shape[0]/fixed.shape[1]
+    fig, axs = plt.subplots(1, 5, figsize=(width, picture+.45), gridspec_kw=dict(wspace=.04, left=0, right=1, bottom=0, top=picture/(picture+.45)))
     pictures = (fixed, checkerboard(fixed, moving), checkerboard(fixed, warped), moving-fixed, warped-fixed)
     for i, (ax, p, t) in enumerate(zip(axs, pictures, ('now, and the flow', 'now / prior', 'now / aligned prior', 'prior - now', 'aligned - now'))):
         ax.imshow(p, **(dict(cmap='gray', vmin=0, vmax=1) if i < 3 else dict(cmap='RdBu_r', vmin=-.4, vmax=.4)))

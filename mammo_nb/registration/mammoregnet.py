@@ -21,7 +21,7 @@ def ncc(
     a:Tensor, # [B,1,H,W]
     b:Tensor, # [B,1,H,W]
     window:int|None=None # odd number of pixels: in the neighbourhood of each pixel; `None`: of the whole picture
-)->Tensor: # [B], -1 to 1; 0 where a picture has no contrast; with a window, the mean over the places around which both have some
+)->Tensor: # [B], -1 to 1; 0 where only one picture has contrast; with a window, the mean over the places around which either has some
     "Normalised cross-correlation of each pair of pictures"
     if a.shape != b.shape: raise InputError('ncc', 'pictures', f'{list(a.shape)} and {list(b.shape)}', 'the same shape')
     a, b = a.float(), b.float()
@@ -31,9 +31,9 @@ def ncc(
         mean = lambda x: F.avg_pool2d(F.avg_pool2d(x, (window, 1), 1, (window//2, 0), count_include_pad=False), (1, window), 1, (0, window//2), count_include_pad=False)
     ma, mb = mean(a), mean(b)
     cov, va, vb = (mean(x*y)-mx*my for x, y, mx, my in ((a, b, ma, mb), (a, a, ma, ma), (b, b, mb, mb)))
-    inside = (va > 1e-5) & (vb > 1e-5)
-    r = torch.where(inside, cov/(va.clamp(min=1e-5)*vb.clamp(min=1e-5)).sqrt(), 0.)
-    return r.sum((1, 2, 3))/inside.sum((1, 2, 3)).clamp(min=1)
+    in_a, in_b = va > 1e-5, vb > 1e-5
+    r = torch.where(in_a & in_b, cov/(va.clamp(min=1e-5)*vb.clamp(min=1e-5)).sqrt(), 0.)
+    return r.sum((1, 2, 3))/(in_a | in_b).sum((1, 2, 3)).clamp(min=1)
 
 # %% ../../nbs/registration/05_mammoregnet.ipynb #9cd44fc2
 class RegistrationLoss(nn.Module):
