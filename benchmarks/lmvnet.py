@@ -20,7 +20,7 @@ early (`data.follow_up` has the sum), so the percentages of these models are for
 
 What is finished is kept below `.cache/`, so a stopped run goes on where it was.
 """
-import sys, time
+import inspect, sys, time
 from functools import partial
 from pathlib import Path
 import pandas as pd, torch
@@ -46,8 +46,8 @@ LMV = dict(width=16, stride=4, token_pool=2, dropout=0., weight_dropout=0., drop
 SAMPLES = dict(bs=16, augment=dict(flip=.5), wd=.01, encoder_rate=.3, dropout=.1)
 RATE = dict(current_exam=3e-3, density=1e-2, lmvnet=1e-3, unaligned=1e-3)
 
-def loaders(prepared, rows, flows, seed):
-    dls = risk_dls(prepared, bs=SAMPLES['bs'], rows=rows, augment=RiskAugment(**SAMPLES['augment']), seed=seed, device='cpu', in_memory=True)
+def loaders(prepared, rows, flows, seed, augment=True):
+    dls = risk_dls(prepared, bs=SAMPLES['bs'], rows=rows, augment=RiskAugment(**SAMPLES['augment']) if augment else None, seed=seed, device='cpu', in_memory=True)
     for ds in (dls.train_ds, dls.valid_ds): ds.flows = flows
     return dls
 
@@ -60,25 +60,42 @@ def model_of(kind, seed, encoder=None):
     net.processor.encoder.load_state_dict(encoder)
     return net
 
-def train(kind, seed, prepared, rows, flows, epochs, folder):
+def one_core(f, *args):
+    "One training a core is faster than two threads a training"
+    torch.set_num_threads(1)
+    return f(*args)
+
+def replaced(path, write):
+    "A file that is there whole or not at all"
+    write(path.with_suffix('.part')); path.with_suffix('.part').replace(path)
+
+def align(prepared, rows, base, epochs, folder):
+    "Train the registration and ask it for every pair; made once"
+    path, start = folder/'flows.pt', time.time()
+    if path.exists(): return
+    net = Refined(trained_registration(prepared, base, epochs), **REFINE)
+    replaced(path, lambda p: torch.save(prior_flows(RiskDataset(prepared, rows, in_memory=False), net), p))
+    print(f'  trained the registration, aligned all priors: {time.time()-start:.0f} s', flush=True)
+
+def train(kind, seed, prepared, rows, epochs, folder):
     "Predictions of one training for the test patients; made once"
     out, weights = folder/f'{kind}_{seed}.parquet', folder/f'{kind}_{seed}.pt'
     if out.exists(): return pd.read_parquet(out)
-    torch.set_num_threads(1) # one training a core is faster than two threads a training
     first, begins = folder/f'current_exam_{seed}.pt', kind in ('lmvnet', 'unaligned')
-    while begins and not first.exists(): time.sleep(1)
-    start = time.time()
+    needs = [first] * begins + [folder/'flows.pt'] * (kind == 'lmvnet')
+    while not all(f.exists() for f in needs): time.sleep(1)
+    start, flows = time.time(), torch.load(folder/'flows.pt', map_location='cpu', weights_only=True) if kind == 'lmvnet' else None
     encoder = None if not begins else {k.removeprefix('encoder.'): v for k, v in torch.load(first, map_location='cpu', weights_only=True).items() if k.startswith('encoder.')}
-    dls = loaders(prepared, rows, flows if kind == 'lmvnet' else None, seed)
+    dls = loaders(prepared, rows, flows, seed, augment=kind != 'density')  # density sees no picture
     learn = risk_learner(dls, model_of(kind, seed, encoder), recipe=None, encoder_rate=SAMPLES['encoder_rate'] if encoder else 1, lr=RATE[kind], wd=SAMPLES['wd'], folder=folder/f'{kind}_{seed}')
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
     test = rows[rows.split == 'test']
-    said = {kind: ask(learn.model, prepared, test, flows if kind == 'lmvnet' else None, kind)}
+    said = {kind: ask(learn.model, prepared, test, flows, kind)}
     if kind == 'lmvnet':
         alone = test.assign(**{c: None for c in test if c.startswith('previous_image_id')})
         said['lmvnet_no_prior'] = ask(learn.model, prepared, alone, None, 'lmvnet_no_prior')
     t = pd.concat(said.values(), ignore_index=True)
-    for path, write in ((weights, lambda p: torch.save(learn.model.state_dict(), p)), (out, t.to_parquet)): write(path.with_suffix('.part')); path.with_suffix('.part').replace(path)
+    replaced(weights, lambda p: torch.save(learn.model.state_dict(), p)); replaced(out, t.to_parquet)
     print(f'  trained {kind}, seed {seed}: {time.time()-start:.0f} s, best epoch {learn.keep_best.epoch_of_best+1} of {epochs}', flush=True)
     return t
 
@@ -103,20 +120,19 @@ def estimate(tables, metric, other=None):
 def main():
     a = options(__doc__, patients=1200, epochs=(4, 'of lmvnet and unaligned'), first_epochs=(10, 'of current_exam'), registration_epochs=2, train_seeds=[0, 1, 2])
     config = dict(cohort=settings_name(Settings(seed=a.seed)), patients=a.patients, size=SIZE, epochs=[a.first_epochs, a.epochs, a.registration_epochs], rates=RATE, net=NET, loss=LOSS, adam=ADAM, refine=REFINE, samples=SAMPLES, **LMV)
-    bench = Bench('lmvnet', a.seed, config, f'about {round(a.patients/1200*(15+4*a.registration_epochs+len(a.train_seeds)*(.7*a.first_epochs/2+2*a.epochs)))} minutes on 2 cores, most of it to train {3*len(a.train_seeds)} models', train_seeds=a.train_seeds)
+    bench = Bench('lmvnet', a.seed, config, f'about {round(a.patients/1200*(12+4*a.registration_epochs+len(a.train_seeds)*(.65*a.first_epochs/2+2*a.epochs)))} minutes on 2 cores, most of it to train {3*len(a.train_seeds)} models', train_seeds=a.train_seeds)
     if bench.done('prevalent', 'share_of_events'): return print('  all rows are there already, for this commit and these settings')
     prepared, base = in_silico(a.patients, a.seed)
     code = code_hash('mammo_nb.learners.risk', 'mammo_nb.learners.registration', 'mammo_nb.data.cache')[:12]
-    folder = base/f'risk_{tag(SIZE, SAMPLES, LMV, RATE, NET, LOSS, ADAM, REFINE, a.first_epochs, a.epochs, a.registration_epochs)}_{code}'; folder.mkdir(parents=True, exist_ok=True)
-    net = Refined(trained_registration(prepared, base, a.registration_epochs), **REFINE)
+    folder = base/f'risk_{tag(SIZE, SAMPLES, LMV, RATE, NET, LOSS, ADAM, REFINE, a.first_epochs, a.epochs, a.registration_epochs, *map(inspect.getsource, (train, align, loaders, model_of)))}_{code}'; folder.mkdir(parents=True, exist_ok=True)
     rows = breast_history(prepared.cohort, current='last')
-    flows = folder/'flows.pt'
-    if not flows.exists(): torch.save(prior_flows(RiskDataset(prepared, rows, in_memory=False), net), flows.with_suffix('.part')); flows.with_suffix('.part').replace(flows)
-    flows = torch.load(flows, map_location='cpu', weights_only=True)
-    # those that begin from another's encoder stand behind it in the queue, and wait for its file
-    jobs = [(k, s) for s in a.train_seeds for k in ('current_exam',)] + [(k, s) for s in a.train_seeds for k in ('lmvnet', 'unaligned', 'density')]
     epochs = dict(current_exam=a.first_epochs, density=a.first_epochs, lmvnet=a.epochs, unaligned=a.epochs)
-    found = dict(zip(jobs, Parallel(n_jobs=cores())(delayed(train)(k, s, prepared, rows, flows, epochs[k], folder) for k, s in jobs)))
+    # those that begin from another's encoder, or need the flows, stand behind these in the queue and wait for their files
+    jobs = [('current_exam', s) for s in a.train_seeds] + [(k, s) for s in a.train_seeds for k in ('unaligned', 'lmvnet', 'density')]
+    calls = [delayed(one_core)(train, k, s, prepared, rows, epochs[k], folder) for k, s in jobs]
+    calls.insert(1, delayed(one_core)(align, prepared, rows, base, a.registration_epochs, folder))
+    done = Parallel(n_jobs=cores())(calls)
+    found = dict(zip(jobs, [*done[:1], *done[2:]]))
     report(bench, found, a.train_seeds, rows[rows.split == 'test'], oracle_risk(prepared.cohort, rows[rows.split == 'test']))
 
 def report(bench, found, seeds, test, oracle):

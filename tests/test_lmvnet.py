@@ -3,6 +3,7 @@ import os, signal, subprocess, sys, textwrap, time
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
 import mammo_nb.core.fastai_import
+from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -165,7 +166,7 @@ def test_frozen_parts_are_the_same_to_the_bit(prepared):
     learn = learner(prepared, net, freeze_encoder=True)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
-    changed = {k for k, v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
+    after = learn.model.state_dict(); changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
     assert any(k.startswith('registration') for k in before) and any('running_mean' in k for k in before)
     assert not [k for k in changed if k.startswith(('processor.encoder', 'registration'))] and any(k.startswith('blocks') for k in changed)
 
@@ -244,11 +245,11 @@ def still(fixed, moving): return fixed.new_zeros(len(fixed), 2, *fixed.shape[2:]
 
 def test_a_model_of_aligned_priors_is_not_asked_with_others(prepared):
     dls = risk_dls(prepared, bs=4, seed=0, device='cpu', registration=still)
-    learn = lmvnet_learner(dls, None, 'small', 8, model_args=dict(width=4, heads=2), seed=0)
+    learn = quiet(lmvnet_learner(dls, None, 'small', 8, model_args=dict(width=4, heads=2), seed=0)); learn.fit(1)
     with pytest.raises(InputError, match='registration'): predict(learn, prepared, split='test')
     assert len(predict(learn, prepared, split='test', registration=still))
     with pytest.raises(InputError, match='other splits'): predict(learn, prepared, split='test', samples=dls.valid_ds)
-    plain = risk_learner(dls, UnalignedRisk('small', 8, width=4, heads=2))
+    plain = quiet(risk_learner(dls, UnalignedRisk('small', 8, width=4, heads=2))); plain.fit(1)
     assert len(predict(plain, prepared, split='test'))  # it never took the flows
 
 def test_a_missing_view_has_no_curve_of_its_own(prepared):
@@ -292,7 +293,7 @@ def begun(prepared, tmp_path_factory):
     learn.fit(1)
     return folder, learn
 
-def anew(prepared, folder, net=None, dls=None, cbs=None, seed=0, cls=None, model=None, known=(), **args):
+def anew(prepared, folder, net=None, dls=None, cbs=None, seed=0, model=None, **args):
     "The same learner again, or one that differs in something"
     if net is None: seed_everything(1); net = MammoRegNet(width=2, depth=1)
     dls = dls or risk_dls(prepared, bs=4, seed=0, device='cpu')
@@ -304,15 +305,7 @@ def test_the_same_training_is_taken_up(begun, prepared):
     again.fit(1)
     assert again.recorder.values == first.recorder.values and all(torch.equal(v, first.model.state_dict()[k]) for k, v in again.model.state_dict().items())
     again.fit(1)  # and once more, with what the training has left in the callbacks
-
-def test_what_it_is_known_by_does_not_change_in_training(begun, prepared):
-    folder, first = begun
-    assert torch.load(folder/'checkpoint.pt', weights_only=True)['about'] == anew_about(prepared)
-
-def anew_about(prepared):
-    seen = anew(prepared, None); cb = Resumable('nowhere'); seen.add_cb(cb)
-    with seen.no_bar(): seen.fit(0)
-    return cb.training_is
+    assert again.resumable.training_is == torch.load(folder/'checkpoint.pt', weights_only=True)['about']
 
 OTHERS = dict(
     diff_mode=(dict(model=dict(diff_mode='abs')), 'model.processor.diff_mode'),
@@ -322,7 +315,8 @@ OTHERS = dict(
     heads=(dict(head_weights=dict(multi=2.)), 'loss'),
     recipe=(dict(recipe=None), 'optimizer'),
     warmup=(dict(warmup=6), 'warm_up.steps: found 5'),
-    seed=(dict(seed=1), 'model.seed: found 0'),
+    seed=(dict(seed=1), 'seed .as given.: found 0'),
+    mixup=(dict(cbs=[MixUp(.4)]), 'mix_up: found nothing'),
     rate=(dict(lr=2e-3), 'lr'),
     clipping=(dict(cbs=[GradientClip(.1)]), 'gradient_clip: found nothing'))
 
@@ -337,7 +331,7 @@ def test_another_registration_is_refused(begun, prepared):
 def test_other_data_are_refused(begun, prepared):
     make = lambda **k: risk_dls(prepared, **{**dict(bs=4, seed=0, device='cpu'), **k})
     swapped = make(); t = swapped.train_ds.rows; t['exam_id'] = t.exam_id.to_numpy()[::-1]
-    for dls, said in ((make(augment=None), 'RiskAugment: found in use'), (make(augment=RiskAugment(flip=.5)), 'RiskAugment.flip'), (make(priors=2), 'priors'), (swapped, 'train.rows'), (make(registration=still), 'flows')):
+    for dls, said in ((make(augment=None), 'RiskAugment: found RiskAugment in the training that was begun there, expected nothing'), (make(augment=RiskAugment(flip=.5)), 'RiskAugment.flip'), (make(priors=2), 'priors'), (swapped, 'train.rows'), (make(registration=still), 'flows')):
         with pytest.raises(InputError, match=said): anew(prepared, begun[0], dls=dls).fit(1)
 
 def test_flows_of_another_registration_are_refused(prepared, tmp_path):
@@ -346,7 +340,18 @@ def test_flows_of_another_registration_are_refused(prepared, tmp_path):
         learn = lmvnet_learner(risk_dls(prepared, bs=4, seed=0, device='cpu', registration=moved(by)), None, 'small', 8, model_args=dict(width=4, heads=2), seed=0, folder=tmp_path)
         return quiet(learn)
     make(2.).fit(1); make(2.001).fit(1)
-    with pytest.raises(InputError, match='train.flows'): make(3.).fit(1)
+    for by in (3., -2.):
+        with pytest.raises(InputError, match='train.flows'): make(by).fit(1)
+
+def test_validate_neither_needs_a_training_nor_takes_up_a_checkpoint(prepared, tmp_path):
+    "fastai tells callbacks that a fit begins there too: the best weights stay, and nothing is written"
+    learn = anew(prepared, tmp_path)
+    learn.validate(); assert not list(tmp_path.iterdir())
+    learn.fit(3, 1e-2); file = (tmp_path/'checkpoint.pt').read_bytes()
+    for p in learn.model.parameters(): p.data.add_(.01)
+    now = [p.clone() for p in learn.model.parameters()]
+    with learn.no_bar(): learn.validate(); learn.get_preds()
+    assert all(map(torch.equal, now, learn.model.parameters())) and (tmp_path/'checkpoint.pt').read_bytes() == file
 
 def test_a_schedule_is_compared(prepared, tmp_path):
     make = lambda: quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), DensityRisk(), recipe=None, folder=tmp_path))
@@ -365,26 +370,47 @@ def test_a_registration_is_taken_up_too(prepared, tmp_path):
     make().fit(1); make().fit(1)
     with pytest.raises(InputError, match='loss.smooth'): make(smooth=2.).fit(1)
 
+def small(): return LMVNet('small', None, 8, width=4, heads=2)
+
 def test_what_a_model_was_trained_on_goes_where_its_weights_go(prepared, tmp_path):
-    make = lambda: LMVNet('small', None, 8, width=4, heads=2)
-    net = risk_learner(risk_dls(prepared, bs=4, priors=3, seed=0, device='cpu'), make()).model
-    torch.save(net.state_dict(), tmp_path/'net.pt')
-    new = make(); assert new.description is None; new.load_state_dict(torch.load(tmp_path/'net.pt', weights_only=True))
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, priors=3, seed=0, device='cpu'), small())); net = learn.model
+    learn.validate(); assert net.description is None  # nothing was trained
+    learn.fit(1); torch.save(net.state_dict(), tmp_path/'net.pt')
+    new = small(); assert new.description is None; new.load_state_dict(torch.load(tmp_path/'net.pt', weights_only=True))
     other = prepare_cohort(prepared.cohort, prepared.cache.folder, PrepareConfig(size=(48, 64)), workers=1, progress=False)
     rows, one = (breast_history(prepared.cohort, p, current='last') for p in (3, 1))
     for m in (net, new):
+        quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), m)).validate()  # asked only: it stays what it was
         assert m.description['training']['priors'] == 3 and m.description['training']['aligned'] is False and m.description['training']['prepare']['size'] == [64, 48]
         assert predict(m, prepared, split='test').equals(predict(m, prepared, split='test', rows=rows, priors=3))
-        for args, said in ((dict(prepared=other), r'size: found \[48, 64\], expected \[64, 48\]'), (dict(priors=1), 'priors: found 1, expected 3'), (dict(registration=still), 'registration'), (dict(rows=one), 'time_gap_3'),
-                           (dict(samples=RiskDataset(prepared, one)), 'priors of the samples: found 1'), (dict(samples=RiskDataset(other, rows, priors=3)), 'size'), (dict(samples=RiskDataset(prepared, rows, priors=3, registration=still)), 'flows in the samples')):
+        for args, said in ((dict(prepared=other), r'size: found \[48, 64\], expected \[64, 48\]'), (dict(priors=4), 'priors: found 4, expected 3 at most'), (dict(registration=still), 'registration'), (dict(rows=one), 'time_gap_3'),
+                           (dict(samples=RiskDataset(other, rows, priors=3)), 'size'), (dict(samples=RiskDataset(prepared, rows, priors=3, registration=still)), 'flows in the samples')):
             with pytest.raises(InputError, match=said): predict(m, **{**dict(prepared=prepared, split='test'), **args})
-    old = {k: v for k, v in net.state_dict().items() if k != 'trained_on'}  # as written by an older version: nothing is known of them
-    new = make(); new.load_state_dict(old); assert new.description is None and len(predict(new, other, split='test'))
-    net.load_state_dict(old); assert net.description['training']['priors'] == 3
-    with pytest.raises(RuntimeError, match='unexpected|Unexpected'): new.load_state_dict(old | dict(more=torch.ones(1)))
+        fewer = predict(m, prepared, split='test', priors=1)  # as it knows them from training
+        assert fewer.equals(predict(m, prepared, split='test', samples=RiskDataset(prepared, one[one.split == 'test'])))
+    old = {k: v for k, v in net.state_dict().items() if k != 'trained_on'}  # weights that do not say: nothing is known of them, whoever gets them
+    for m in (small(), net): m.load_state_dict(old); assert m.description is None and len(predict(m, other, split='test'))
+    with pytest.raises(RuntimeError, match='unexpected|Unexpected'): small().load_state_dict(old | dict(more=torch.ones(1)))
+
+def test_baselines_are_asked_with_the_samples_of_the_others(prepared):
+    "One set of samples with three priors for a comparison: the current exam reads none, density not even a picture"
+    rows = breast_history(prepared.cohort, 3, current='last').query('split == "test"')
+    other = prepare_cohort(prepared.cohort, prepared.cache.folder, PrepareConfig(size=(48, 64)), workers=1, progress=False)
+    for net, pictures in ((CurrentExamRisk('small', 8, width=4), prepared), (DensityRisk(), other)):
+        learn = quiet_fit(prepared, net)
+        assert len(predict(learn, pictures, samples=RiskDataset(pictures, rows, priors=3)))
+    with pytest.raises(InputError, match='size'): predict(quiet_fit(prepared, CurrentExamRisk('small', 8, width=4)), other, rows=rows)
+
+def quiet_fit(prepared, net): learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), net)); learn.fit(1); return learn
+
+@pytest.mark.parametrize('gap', [float('nan'), -1.])
+def test_a_prior_without_a_date_is_refused(prepared, gap):
+    rows = breast_history(prepared.cohort, current='last', need_prior=True).reset_index(drop=True)
+    rows.loc[1, 'time_gap_1'] = gap
+    with pytest.raises(InputError, match=f'time_gap_1: found {gap} in row 1'): RiskDataset(prepared, rows)
 
 def test_a_learner_that_was_exported_remembers_too(prepared, tmp_path):
-    learn = quiet(learner(prepared)); learn.path = tmp_path
+    learn = quiet(learner(prepared)); learn.path = tmp_path; learn.fit(1)
     learn.export('learner.pkl')
     with pytest.raises(InputError, match='as they lie'): predict(load_learner(tmp_path/'learner.pkl'), prepared, split='test', registration=still)
 

@@ -8,7 +8,7 @@ from mammo_nb.core.errors import InputError
 from mammo_nb.data.follow_up import survival_target
 from mammo_nb.losses.survival import RiskLoss, masked_bce
 from mammo_nb.metrics.bootstrap import bootstrap_ci
-from mammo_nb.metrics.survival import auc_by_year, auc_cumulative, brier_by_year, c_index, evaluate_risk, expected_over_observed, followed_before, survival_curve, survival_truth
+from mammo_nb.metrics.survival import auc_by_year, auc_cumulative, brier_by_year, c_index, evaluate_risk, expected_over_observed, followed_before, plot_risk_calibration, survival_curve, survival_truth
 
 def women(n=400, seed=0, noise=.7, censored=True):
     "Times, events and a noisy risk of n women; `sksurv` takes them as a structured array"
@@ -229,3 +229,8 @@ def test_the_truth_of_all_women_must_be_filtered_first():
     assert c_index(known.time, known.event, [.3, .1]) == 1
     with pytest.raises(InputError, match='risk 2 of 2: found nan in row 1'): c_index(known.time, known.event, [.3, .1], [.3, np.nan])
     with pytest.raises(InputError, match='evaluate_risk: event: found nan in row 3'): evaluate_risk(cut_at_five().assign(event=lambda t: t.event.where(t.index != 3)))
+
+def test_a_group_that_nobody_is_followed_in_has_no_point():
+    import matplotlib; matplotlib.use('Agg')
+    t = cut_at_five(); low = t.risk_year_5 <= t.risk_year_5.quantile(.2); t.loc[low, 'time'] = t.time[low].clip(upper=3.)
+    assert len(plot_risk_calibration(t, 5, n_boot=20).containers) == 4 and len(plot_risk_calibration(t, 3, n_boot=20).containers) == 5

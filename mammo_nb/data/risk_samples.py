@@ -73,6 +73,7 @@ class RiskDataset:
         self.rows = rows[keep].reset_index(drop=True)
         self.now = now[keep].to_numpy(dtype=object)
         self.past = np.stack([_there(self.rows, prepared, [f'previous_image_id_{v}_{k}' for v in VIEW_NAMES]).to_numpy(dtype=object) for k in range(1, priors+1)], 1)
+        _known_gaps(self.rows, self.past)
         store_attr('prepared,years,priors,split_idx'); self.size = tuple(prepared.config.size)
         self.known = survival_target(self.rows.years_to_cancer, self.rows.years_followed, years, convention)
         self.kept, ids = {}, sorted({i for i in (*self.now.ravel(), *self.past.ravel()) if isinstance(i, str)})
@@ -86,6 +87,14 @@ def _there(rows, prepared, columns):
     "The image ids that have a prepared picture; no text elsewhere"
     ids = rows[columns]
     return ids.where(ids.isin(list(prepared.keys)), None).astype(object)
+
+# %% ../../nbs/data/32_risk_samples.ipynb #549d1d25
+def _known_gaps(rows, past):
+    "A prior that is there was taken before, and it is known when"
+    for k, ids in enumerate(past.swapaxes(0, 1), 1):
+        gap = rows[f'time_gap_{k}'].to_numpy(dtype=np.float64)
+        bad = np.flatnonzero(pd.notna(ids).any(1) & ~(gap >= 0))
+        if len(bad): raise InputError('RiskDataset', f'time_gap_{k}', f'{gap[bad[0]]} in row {bad[0]} (exam {rows.exam_id[bad[0]]}), which has a prior', 'years from the prior to the current exam, 0 or more')
 
 # %% ../../nbs/data/32_risk_samples.ipynb #3bda3485
 @patch

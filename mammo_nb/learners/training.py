@@ -6,13 +6,14 @@
 __all__ = ['StopEarly', 'SlowDown', 'KeepBest', 'WarmUp', 'Resumable']
 
 # %% ../../nbs/learners/02_training.ipynb #e78abb11
-import hashlib, inspect, json, os, random
-from functools import partial
+import hashlib, inspect, os, random
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 import mammo_nb.core.fastai_import
 from fastai.callback.core import CancelEpochException, CancelFitException, Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, TrackerCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
@@ -23,6 +24,8 @@ from ..models.backbones import is_frozen
 
 # %% ../../nbs/learners/02_training.ipynb #52914bb2
 def _bare(model): return model.module if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)) else model  # without the wrapper of several GPUs
+
+def _fitting(learn): return not (learn.lock.locked() or hasattr(learn, 'lr_finder'))  # `validate` and `get_preds` tell callbacks that a fit begins, and hold this lock; the learning rate finder is no training either
 
 class _Tracks:
     "A tracker that looks at epochs of `fit` only"
@@ -68,7 +71,8 @@ class WarmUp(Callback):
         steps:int # batches
     ): self.steps = check_range(steps, 0, None, 'WarmUp', 'steps', whole=True)
 
-    def before_fit(self): self.full = [h['lr'] for h in self.opt.hypers]
+    def before_fit(self):
+        if self.opt is not None: self.full = [h['lr'] for h in self.opt.hypers]  # `validate` of a learner that never trained has none
 
     def before_batch(self):
         done = round(self.pct_train*self.n_epoch*self.n_iter) if self.training else self.steps  # batches of the whole training
@@ -95,33 +99,20 @@ def _to_parameters(state, opt):
 def _plain(v): return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 0) == 0 and not isinstance(v, torch.Tensor) else v
 
 # %% ../../nbs/learners/02_training.ipynb #1dafa8b7
-def _text(v):
-    "A setting as a text that is the same in every process; `None` for what is no setting"
-    if isinstance(v, (str, int, float, bool, type(None))): return repr(v)
-    if isinstance(v, (np.number, np.bool_)): return repr(v.item())
-    if isinstance(v, (tuple, list)): return None if None in (parts := [_text(o) for o in v]) else f'({", ".join(parts)})'
-    if isinstance(v, dict): return _text([o for pair in v.items() for o in pair])
-    if isinstance(v, partial): return _text([v.func, *v.args, v.keywords])
-    return getattr(v, '__qualname__', None) or getattr(v, '__name__', None)  # a function, a class
+@lru_cache(None)
+def _arguments(cls): return {k for c in cls.__mro__ if '__init__' in vars(c) for k in inspect.signature(c.__init__).parameters}
 
-def _plainly(d, name):
-    "The settings in a dictionary, those of its dictionaries one by one"
-    out = {}
-    for k, v in d.items():
-        if str(k).startswith('_') or k == 'training': continue
-        out |= _plainly(v, f'{name}.{k}') if isinstance(v, dict) else {} if (t := _text(v)) is None else {f'{name}.{k}': t}
-    return out
+def _is_plain(v):
+    if isinstance(v, dict): return all(_is_plain(o) for pair in v.items() for o in pair)
+    return all(map(_is_plain, v)) if isinstance(v, (tuple, list)) else isinstance(v, (str, int, float, type(None)))
 
-def _made_with(o, name=None):
-    "The settings of an object that have the names of its constructor's arguments"
-    names = {k for c in type(o).__mro__ if '__init__' in vars(c) for k in inspect.signature(c.__init__).parameters}
-    return _plainly({k: v for k, v in getattr(o, '__dict__', {}).items() if k in names}, name or type(o).__name__)
+def _settings(o, name):
+    "What an object was made with: its attributes that are called like arguments of its constructor, as far as they are numbers or texts"
+    return {name: type(o).__name__} | {f'{name}.{k}': repr(v) for k, v in sorted(getattr(o, '__dict__', {}).items()) if k in _arguments(type(o)) and _is_plain(v)}
 
 def _modules(module, name):
-    "A module and all that it is made of"
-    out = {}
-    for k, m in module.named_modules(prefix=name): out |= {k: type(m).__name__, **_plainly(vars(m), k)}
-    return out
+    "That of a module and of all that it is made of"
+    return {k: v for part, m in module.named_modules(prefix=name) for k, v in _settings(m, part).items()}
 
 # %% ../../nbs/learners/02_training.ipynb #19f504c7
 def _sha(tensors):
@@ -140,35 +131,37 @@ def _frozen(model):
 
 # %% ../../nbs/learners/02_training.ipynb #b9847f2b
 def _of_loss(loss, model):
-    "A loss, and the modules that it is made of; of its buffers the numbers"
-    own, out = getattr(loss, '__dict__', {}), dict(loss=_text(loss) or type(loss).__name__)
-    for k, m in {'loss': loss, **{f'loss.{k}': v for k, v in own.items()}}.items():
-        if isinstance(m, torch.nn.Module) and m is not model: out |= _modules(m, k) | {f'{k}.{b}': str(v.tolist()) for b, v in m.named_buffers() if v.numel() <= 16}
-    return out | _plainly(own, 'loss')
+    "A loss, and the losses that it is made of"
+    if not hasattr(loss, '__dict__') or inspect.isfunction(loss): return dict(loss=getattr(loss, '__name__', type(loss).__name__))
+    parts = {f'loss.{k}': m for k, m in vars(loss).items() if isinstance(m, torch.nn.Module) and m is not model}
+    return _settings(loss, 'loss') | {k: v for name, m in parts.items() for k, v in _modules(m, name).items()}
 
 def _of_data(ds, name):
-    "A data set: its settings, how its pictures were prepared, who is in it, and how far the flows go that come with it"
-    out, rows, known, flows = _made_with(ds, name), *(getattr(ds, k, None) for k in ('rows', 'known', 'flows'))
-    prepared = getattr(getattr(ds, 'prepared', None), 'config', None)
-    if prepared is not None: out |= _plainly(json.loads(prepared.text), 'prepared pictures')
-    if hasattr(rows, 'to_csv'): out[f'{name}.rows'] = hashlib.sha256(rows[[c for c in rows if '_id' in c or rows[c].dtype.kind in 'iufb']].to_csv(index=False).encode()).hexdigest()[:12]
+    "A data set: what it was made with, how its pictures were prepared, who is in it with what truth, and where the flows go that come with it"
+    out, rows, known, flows = _settings(ds, name), *(getattr(ds, k, None) for k in ('rows', 'known', 'flows'))
+    text = getattr(getattr(getattr(ds, 'prepared', None), 'config', None), 'text', None)
+    if text is not None: out['prepared pictures'] = text
+    if hasattr(rows, 'to_csv'): out[f'{name}.rows'] = hashlib.sha256(rows[[c for c in rows if '_id' in c or c == 'laterality']].to_csv(index=False).encode()).hexdigest()[:12]
     if isinstance(known, dict): out[f'{name}.known'] = _sha(known.items())
-    if isinstance(flows, dict): out[f'{name}.flows, mean size in cells'] = [float(flows[k].float().abs().mean()) for k in sorted(flows)[::max(1, len(flows)//8)][:8]]
+    if isinstance(flows, dict): out[f'{name}.flows, cells'] = [x for k in sorted(flows)[::-(-len(flows)//8) or 1] for x in flows[k].float().mean((1, 2)).tolist()]
     return out
 
-_RULES = (KeepBest, WarmUp, EarlyStoppingCallback, ReduceLROnPlateau, ParamScheduler, GradientAccumulation, GradientClip, MixedPrecision, BnFreeze, ShortEpochCallback)
+_RULES = (KeepBest, WarmUp, EarlyStoppingCallback, ReduceLROnPlateau, ParamScheduler, GradientAccumulation, GradientClip, MixedPrecision, MixHandler, BnFreeze, ShortEpochCallback)
 
 def _of_callbacks(cbs):
     "Those that change what is learnt; of a schedule its values at eleven places"
     out = {}
-    for cb in cbs.sorted('order'):
-        if not isinstance(cb, _RULES): continue
-        out |= {cb.name: type(cb).__name__, **_made_with(cb, cb.name)}
+    for cb in (o for o in cbs.sorted('order') if isinstance(o, _RULES)):
+        out |= _settings(cb, cb.name)
         if isinstance(cb, ParamScheduler): out |= {f'schedule of {k}': ' '.join(f'{x:.4g}' for p in np.linspace(0, 1, 11) for x in np.ravel(f(p))) for k, f in cb.scheds.items()}
     return out
 
+def _name(f):
+    "A function with what it was bound to"
+    return f'{_name(f.func)}{f.keywords}' if hasattr(f, 'keywords') else getattr(f, '__qualname__', type(f).__name__)
+
 def _agree(a, b):
-    "Texts to the letter, measured sizes to 1%"
+    "Texts to the letter, means to 1 %"
     if not (isinstance(a, list) and isinstance(b, list)): return a == b
     return len(a) == len(b) and np.allclose(a, b, rtol=.01, atol=.01)
 
@@ -189,15 +182,16 @@ class Resumable(Callback):
         learn, model, (a, b) = self.learn, _bare(self.learn.model), self.dls.loaders[:2]
         tfms = [t for p in ('after_item', 'before_batch', 'after_batch') for t in getattr(getattr(getattr(a, 'dl', a), p, None), 'fs', ())]
         out = {k: ' '.join(f'{float(h[k]):.6g}' for h in learn.opt.hypers) for k in ('lr', 'wd')}
-        out |= dict(batch_size=a.bs, train_samples=len(a.dataset), valid_samples=len(b.dataset), optimizer=_text(learn.opt_func) or type(learn.opt_func).__name__)
-        for o in tfms: out |= {type(o).__name__: 'in use', **_made_with(o)}
-        return out | {k: repr(v) for k, v in self.known_by.items()} | _modules(model, 'model') | _of_loss(learn.loss_func, model) | _of_callbacks(learn.cbs) | _of_data(a.dataset, 'train') | _of_data(b.dataset, 'valid') | _frozen(model)
+        out |= dict(batch_size=a.bs, train_samples=len(a.dataset), valid_samples=len(b.dataset), optimizer=_name(learn.opt_func)) | _modules(model, 'model') | _of_loss(learn.loss_func, model) | _of_callbacks(learn.cbs)
+        for i, o in enumerate(tfms): out |= _settings(o, f'transform {i}, {type(o).__name__}')
+        return out | _of_data(a.dataset, 'train') | _of_data(b.dataset, 'valid') | _frozen(model) | {f'{k} (as given)': repr(v) for k, v in self.known_by.items()}
 
     def compare(self, was):
         "Refuse the checkpoint of another training"
         if 'model' not in was: raise InputError(self.path, 'checkpoint', 'one of an older version, which does not say what was trained', 'another folder, or none there: delete it to begin anew')
         now, none = self.training_is, 'nothing'
-        other = [k for k in {**now, **was} if not _agree(was.get(k, none), now.get(k, none))]
+        news = {k for k in {**now, **was} if k.startswith('model.') and (k in now) != (k in was)}  # an attribute that only one version of a library has
+        other = [k for k in {**now, **was} if k not in news and not _agree(was.get(k, none), now.get(k, none))]
         if not other: return
         said, here = (str(d.get(other[0], none))[:100] for d in (was, now))
         more = f' (and {len(other)-1} more: {", ".join(other[1:4])}{" ..." if len(other) > 4 else ""})' if len(other) > 1 else ''
@@ -207,8 +201,8 @@ class Resumable(Callback):
 @patch
 def before_fit(self:Resumable):
     "Take up a checkpoint"
-    self.done, self.stopped, self.run = 0, False, not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
-    if not self.run: return
+    self.done, self.stopped, self.fits = 0, False, _fitting(self.learn)
+    if not self.fits: return
     self.training_is = self.about()
     if not self.path.is_file(): return
     try: s = torch.load(self.path, map_location='cpu', weights_only=True)
@@ -227,6 +221,7 @@ def before_fit(self:Resumable):
 @patch
 def before_epoch(self:Resumable):
     "Skip what is done"
+    if not self.fits: return
     if self.stopped: raise CancelFitException()
     if self.epoch < self.done: raise CancelEpochException()
 
@@ -244,6 +239,7 @@ def _write(self:Resumable, stopped=False):
 @patch
 def after_epoch(self:Resumable):
     "Write, or wake the others after the last epoch that was skipped"
+    if not self.fits: return
     if self.epoch >= self.done: self._write()
     elif self.epoch == self.done-1: self._wake()
 
@@ -256,5 +252,6 @@ def _wake(self:Resumable):
 @patch
 def after_cancel_fit(self:Resumable):
     "An early end is an end"
+    if not self.fits: return
     if self.stopped: self._wake()
     elif self.epoch >= self.done: self._write(stopped=True)

@@ -230,12 +230,13 @@ def plot_risk_calibration(
     n_boot:int=300, # resamples of patients, for the bars
     ax=None # axes to draw on; `None`: new ones
 ): # the axes
-    "Said and come true, in groups of rising risk"
+    "Said and come true, in groups of rising risk; a group of which nobody is followed to the end of the year has no point"
     name = f'risk_year_{year}'
     _arrays('plot_risk_calibration', table.time, table.event, table[name])
     ax = ax or plt.subplots(figsize=(3, 2.8))[1]
-    share = batched(lambda time, event, risk, weight=None: _share(time, event == 1, weight, year))
+    share = batched(lambda time, event, risk, weight=None: np.where(_beyond(time, weight, year, whole=True), _share(time, event == 1, weight, year), np.nan))
     for _, g in table.groupby(pd.qcut(table[name].rank(method='first'), check_range(groups, 2, None, 'plot_risk_calibration', 'groups', whole=True))):
+        if not (g.time >= year).any(): continue  # nobody was followed for so long
         x, e = g[name].mean(), bootstrap_ci(g, share, columns=('time', 'event', name), n_boot=n_boot)
         ax.errorbar([x], [e.value], yerr=[[max(e.value-e.low, 0)], [max(e.high-e.value, 0)]], fmt='o', color='C0', ms=4, capsize=2)
     top = max(ax.get_ylim()[1], table[name].quantile(.98))

@@ -63,14 +63,15 @@ def weigh(self:LongitudinalFeatureProcessor,
 def forward(self:LongitudinalFeatureProcessor,
     current:Tensor, # [B,1,H,W]
     previous:Tensor, # [B,P,H,W]
-    time_gap:Tensor, # [B,P] or [B] years; cut to those of the time encoding, 0 to 5
+    time_gap:Tensor, # [B,P] or [B] years; longer ones are cut to those of the time encoding, 5
     there:Tensor|None=None, # [B,P] 1 where the prior exists; `None`: all do
     flow:Tensor|None=None, # [B,P,2,H,W] from each prior to the current exam; `None`: no motion
     seen:Tensor|None=None # [B] 1 where the current picture exists; `None`: all do
 )->tuple: # features [B,3C,h,w], weights of the priors [B,P]
     "Read one view now and before"
-    (b, p), gap = previous.shape[:2], time_gap.reshape(len(previous), -1).nan_to_num(0).clamp(0, self.time.most)  # a prior that is missing has no gap
+    (b, p), gap = previous.shape[:2], time_gap.reshape(len(previous), -1).clamp(max=self.time.most)
     there = gap.new_ones(b, p) if there is None else there.reshape(b, p)
+    gap = gap.where(there > 0, 0)  # a prior that is missing has none
     seen = gap.new_ones(b) if seen is None else seen.to(there.dtype)
     f = those_there(self.encoder, torch.cat([current, previous.reshape(b*p, 1, *previous.shape[2:])]), torch.cat([seen, there.flatten()]))
     now, raw = f[:b], f[b:]
@@ -199,7 +200,6 @@ class LMVNet(BaseRiskModel):
         if freeze_encoder: freeze_module(enc)
         self.processor = LongitudinalFeatureProcessor(enc, diff_mode, prior_mode)
         self.registration = None if registration is None else freeze_module(registration)
-        self.register_buffer('needs_flows', torch.tensor(False))  # a learner says so when the flows of its loaders take the place of a registration; kept with the weights
         d, self.years, self.prior_dropout, self.view_dropout, self.token_pool = 3*enc.channels, years, prior_dropout, view_dropout, check_range(token_pool, 1, 16, 'LMVNet', 'token_pool', whole=True)
         self.blocks = nn.ModuleList(DualStreamBlock(d, heads, dropout, drop_path, weight_dropout=weight_dropout) for _ in range(blocks))
         self.fuse, self.layer = nn.Linear(2*d, d), CumulativeProbabilityLayer(d, years)

@@ -106,9 +106,9 @@ def description(self:BaseRiskModel): # `dict(training=...)`; `None`: not known
 @patch
 def _load_from_state_dict(self:BaseRiskModel, state_dict, prefix, *args):
     "Weights bring what they were trained on, or they do not"
-    k, own = f'{prefix}trained_on', getattr(self, 'trained_on', None)
+    k = f'{prefix}trained_on'
+    self._buffers.pop('trained_on', None)
     if k in state_dict: self.register_buffer('trained_on', torch.empty_like(state_dict[k], device=next(self.parameters(), state_dict[k]).device))
-    elif own is not None: state_dict[k] = own
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../../nbs/models/10_risk.ipynb #f0646f79

@@ -239,7 +239,7 @@ class SitkRegistration(nn.Module):
     def __init__(self,
         method:str='demons', # after the affine map: `bspline`, `demons`, or `affine` for the affine map alone
         grid:int=6, # control points along the shorter side (B-spline)
-        steps:int=60, # iterations at each of three scales
+        steps:int=60, # iterations at each of three scales; the demons have one scale and three times as many
         smooth:float=4., # of the demons' field, pixels of what it works on
         shrink:int=1 # work on pictures so many times smaller, and enlarge the flow
     ):
