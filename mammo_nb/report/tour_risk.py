@@ -88,7 +88,7 @@ def five_years(tour, s): # the tour and the empty section to fill
     prepared, rows, table = risk_answers(tour)
     s.text(f'{prepared.cohort!r}, two exams each. LMV-Net reads both views of a breast, now and before, the prior brought to the current exam, and says the risk of a cancer within one to five years.')
     changed_pair(prepared, rows); s.figure(plt.gcf(), 'As it lies, the prior differs everywhere; aligned, it differs where something has grown or is new (a shadow of overlapping tissue is new at every exam, too).')
-    s.figure(risk_curves(table), 'Test patients. Red: a cancer within five years.', fmt='svg')
+    s.figure(risk_curves(table), 'Test patients. Red: a cancer within five years. Read the order, not the percentages: the masked loss of the paper says too little risk where cancers come early.', fmt='svg')
     e = evaluate_risk(table, n_boot=tour.config.n_boot).set_index('metric').loc['c_index']
     flat = c_index(table.time, table.event, np.full(len(table), .1), tau=5.)
     s.text(f"Uno's C-index on {int(e.n)} breasts of {int(e.n_groups)} test patients: **{e.value:.2f} ({e.low:.2f}-{e.high:.2f})**; a constant gets {flat:.2f}. Most cancers here are found at the exam that is read, so this is detection more than foresight." if np.isfinite(e.value) else 'Too few test patients for a C-index.')
