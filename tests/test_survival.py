@@ -198,6 +198,17 @@ def test_follow_up_cut_at_exactly_five_years():
     assert set(e.index[e.value.isna()]) == {f'{m}_5' for m in ('brier', 'auc_cumulative')}
     assert e[e.value.isna()].why.str.contains('no value on all rows').all() and (e.low <= e.high)[e.value.notna()].all()
 
+def test_a_group_that_all_got_a_cancer_is_known():
+    rng = np.random.default_rng(0)
+    time, said = rng.uniform(.1, 4.9, 55), np.full(55, 8/9)
+    assert brier_by_year(time, np.ones(55), said, year=5) == pytest.approx(1/81) and expected_over_observed(time, np.ones(55), said, year=5) == pytest.approx(8/9)
+    assert np.isnan(auc_cumulative(time, np.ones(55), said, year=5))  # there is nobody without
+    event = np.ones(55); event[time.argmax()] = 0  # the last one left: what became of her is not known
+    assert np.isnan(brier_by_year(time, event, said, year=5)) and np.isnan(expected_over_observed(time, event, said, year=5))
+    t = pd.DataFrame(dict(patient_id=range(110), time=np.concatenate([np.full(55, 7.), time]), event=np.repeat([0, 1], 55), risk_year_5=np.repeat([.1, .9], 55)))
+    points = [c for c in plot_risk_calibration(t, groups=2, n_boot=10).containers]
+    assert [float(c.lines[0].get_ydata()[0]) for c in points] == pytest.approx([0, 1])
+
 @pytest.mark.parametrize('metric', [brier_by_year, auc_cumulative])
 def test_a_resample_without_anybody_beyond_the_year_is_drawn_again(metric):
     t = cut_at_five(); t.loc[t.index[t.time == 5][0], 'time'] = 5.5  # one woman

@@ -94,7 +94,8 @@ def _recipe(recipe, warmup):
 # %% ../../nbs/learners/15_risk.ipynb #22768e0a
 class Remember(Callback):
     "Tells a risk model what it is trained on"
-    def before_fit(self):
+    def before_train(self):
+        "At the first epoch, not before: a fit that is refused has taught nothing"
         ds, model = self.dls.train_ds, _bare(self.learn.model)
         config = getattr(getattr(ds, 'prepared', None), 'config', None)
         if config is None or isinstance(model, DensityRisk) or not _fitting(self.learn): return
@@ -211,7 +212,7 @@ def predict(
         if split is not None: rows = rows[rows.split == check_in(split, ('train', 'valid', 'test'), 'predict', 'split')]
         ds = RiskDataset(prepared, rows, model.years, priors, in_memory=False, registration=registration, progress=progress)
     if samples is not None and split is not None and (ds.rows.split != split).any(): raise InputError('predict', 'samples', 'breasts of other splits', f'only {split}')
-    if was['aligned'] and model.registration is None and ds.flows is None and any(isinstance(i, str) for i in ds.past.ravel()):
+    if was['aligned'] and getattr(model, 'registration', None) is None and ds.flows is None and any(isinstance(i, str) for i in ds.past.ravel()):
         raise InputError('predict', 'registration', 'none', 'the registration of the loaders: this model was trained on priors that it had aligned')
     if not len(ds): raise InputError('predict', f'split {split}' if split else 'rows', f'no breast with a prepared picture ({len(rows)} rows)', 'at least one')
     out, version = _batches(model, ds, bs, progress), model_version(model)

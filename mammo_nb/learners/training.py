@@ -7,7 +7,7 @@ __all__ = ['StopEarly', 'SlowDown', 'KeepBest', 'WarmUp', 'Resumable']
 
 # %% ../../nbs/learners/02_training.ipynb #e78abb11
 import hashlib, inspect, os, random
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, torch
 import mammo_nb.core.fastai_import
@@ -28,9 +28,15 @@ def _bare(model): return model.module if isinstance(model, (torch.nn.DataParalle
 def _fitting(learn): return not (learn.lock.locked() or hasattr(learn, 'lr_finder'))  # `validate` and `get_preds` tell callbacks that a fit begins, and hold this lock; the learning rate finder is no training either
 
 class _Tracks:
-    "A tracker that looks at epochs of `fit` only"
+    "A tracker that hears of a training only, and not of what is asked within one"
+    def before_fit(self):
+        if _fitting(self.learn): super().before_fit()
+
     def after_epoch(self):
-        if len(self.recorder.values[-1]) == len(self.recorder.metric_names)-1-self.recorder.add_time: super().after_epoch()
+        if _fitting(self.learn): super().after_epoch()
+
+    def after_fit(self):
+        if _fitting(self.learn): super().after_fit()
 
 class StopEarly(_Tracks, EarlyStoppingCallback):
     "Stop when a metric has not improved for `patience` epochs"
@@ -50,17 +56,20 @@ class KeepBest(_Tracks, TrackerCallback):
         self.weights, self.epoch_of_best = None, None
 
     def before_fit(self):
+        if not _fitting(self.learn): return
         if self.monitor not in self.recorder.metric_names[1:]: raise InputError('KeepBest', 'monitor', self.monitor, f'one of {", ".join(self.recorder.metric_names[1:-1])}')
         super().before_fit()
         self.weights, self.new_best = None, False
 
     def after_epoch(self):
         "Remember the weights if they are the best so far"
+        if not _fitting(self.learn): return
         super().after_epoch()
         if self.new_best: self.weights, self.epoch_of_best = {k: v.detach().clone() for k, v in _bare(self.learn.model).state_dict().items()}, self.epoch
 
     def after_fit(self):
         "Put the best weights back"
+        if not _fitting(self.learn): return
         super().after_fit()
         if self.weights is not None: _bare(self.learn.model).load_state_dict(self.weights)
 
@@ -104,15 +113,15 @@ def _arguments(cls): return {k for c in cls.__mro__ if '__init__' in vars(c) for
 
 def _is_plain(v):
     if isinstance(v, dict): return all(_is_plain(o) for pair in v.items() for o in pair)
-    return all(map(_is_plain, v)) if isinstance(v, (tuple, list)) else isinstance(v, (str, int, float, type(None)))
+    return all(map(_is_plain, v)) if isinstance(v, (tuple, list)) else isinstance(v, (str, int, float, np.generic, type(None)))
 
 def _settings(o, name):
     "What an object was made with: its attributes that are called like arguments of its constructor, as far as they are numbers or texts"
-    return {name: type(o).__name__} | {f'{name}.{k}': repr(v) for k, v in sorted(getattr(o, '__dict__', {}).items()) if k in _arguments(type(o)) and _is_plain(v)}
+    return {name: type(o).__name__} | {f'{name}.{k}': repr(_plain(v)) for k, v in sorted(getattr(o, '__dict__', {}).items()) if k in _arguments(type(o)) and _is_plain(v)}
 
 def _modules(module, name):
     "That of a module and of all that it is made of"
-    return {k: v for part, m in module.named_modules(prefix=name) for k, v in _settings(m, part).items()}
+    return {f'parts of {name}': ' '.join(type(m).__name__ for m in module.modules())} | {k: v for part, m in module.named_modules(prefix=name) for k, v in _settings(m, part).items()}
 
 # %% ../../nbs/learners/02_training.ipynb #19f504c7
 def _sha(tensors):
@@ -136,12 +145,14 @@ def _of_loss(loss, model):
     parts = {f'loss.{k}': m for k, m in vars(loss).items() if isinstance(m, torch.nn.Module) and m is not model}
     return _settings(loss, 'loss') | {k: v for name, m in parts.items() for k, v in _modules(m, name).items()}
 
+_READ = ('laterality', 'label', 'density')  # columns that a model reads, or learns from
+
 def _of_data(ds, name):
     "A data set: what it was made with, how its pictures were prepared, who is in it with what truth, and where the flows go that come with it"
     out, rows, known, flows = _settings(ds, name), *(getattr(ds, k, None) for k in ('rows', 'known', 'flows'))
     text = getattr(getattr(getattr(ds, 'prepared', None), 'config', None), 'text', None)
     if text is not None: out['prepared pictures'] = text
-    if hasattr(rows, 'to_csv'): out[f'{name}.rows'] = hashlib.sha256(rows[[c for c in rows if '_id' in c or c == 'laterality']].to_csv(index=False).encode()).hexdigest()[:12]
+    if hasattr(rows, 'to_csv'): out[f'{name}.rows'] = hashlib.sha256(rows[[c for c in rows if '_id' in c or 'time_gap' in c or c in _READ]].round(3).to_csv(index=False).encode()).hexdigest()[:12]
     if isinstance(known, dict): out[f'{name}.known'] = _sha(known.items())
     if isinstance(flows, dict): out[f'{name}.flows, cells'] = [x for k in sorted(flows)[::-(-len(flows)//8) or 1] for x in flows[k].float().mean((1, 2)).tolist()]
     return out
@@ -153,12 +164,15 @@ def _of_callbacks(cbs):
     out = {}
     for cb in (o for o in cbs.sorted('order') if isinstance(o, _RULES)):
         out |= _settings(cb, cb.name)
+        if isinstance(cb, MixHandler): out[f'{cb.name}.alpha'] = f'{float(cb.distrib.concentration1):.4g}'
         if isinstance(cb, ParamScheduler): out |= {f'schedule of {k}': ' '.join(f'{x:.4g}' for p in np.linspace(0, 1, 11) for x in np.ravel(f(p))) for k, f in cb.scheds.items()}
     return out
 
 def _name(f):
-    "A function with what it was bound to"
-    return f'{_name(f.func)}{f.keywords}' if hasattr(f, 'keywords') else getattr(f, '__qualname__', type(f).__name__)
+    "A function with what it was bound to, without any address"
+    if isinstance(f, partial): return f'{_name(f.func)}({", ".join([*map(_name, f.args), *(f"{k}={_name(v)}" for k, v in sorted(f.keywords.items()))])})'
+    if isinstance(f, (list, tuple)): return f'[{", ".join(map(_name, f))}]'
+    return repr(_plain(f)) if _is_plain(f) else getattr(f, '__qualname__', type(f).__name__)
 
 def _agree(a, b):
     "Texts to the letter, means to 1 %"
@@ -190,7 +204,7 @@ class Resumable(Callback):
         "Refuse the checkpoint of another training"
         if 'model' not in was: raise InputError(self.path, 'checkpoint', 'one of an older version, which does not say what was trained', 'another folder, or none there: delete it to begin anew')
         now, none = self.training_is, 'nothing'
-        news = {k for k in {**now, **was} if k.startswith('model.') and (k in now) != (k in was)}  # an attribute that only one version of a library has
+        news = {k for k in {**now, **was} if k.startswith('model.') and (k in now) != (k in was)}  # an attribute that only one version of a library has; another part is in `parts of model`
         other = [k for k in {**now, **was} if k not in news and not _agree(was.get(k, none), now.get(k, none))]
         if not other: return
         said, here = (str(d.get(other[0], none))[:100] for d in (was, now))
@@ -201,9 +215,8 @@ class Resumable(Callback):
 @patch
 def before_fit(self:Resumable):
     "Take up a checkpoint"
-    self.done, self.stopped, self.fits = 0, False, _fitting(self.learn)
-    if not self.fits: return
-    self.training_is = self.about()
+    if not _fitting(self.learn): return
+    self.done, self.stopped, self.training_is = 0, False, self.about()
     if not self.path.is_file(): return
     try: s = torch.load(self.path, map_location='cpu', weights_only=True)
     except Exception as e: raise InputError(self.path, 'checkpoint', f'{type(e).__name__}: {str(e)[:200]}', 'a file that Resumable wrote') from e
@@ -221,27 +234,28 @@ def before_fit(self:Resumable):
 @patch
 def before_epoch(self:Resumable):
     "Skip what is done"
-    if not self.fits: return
+    if not _fitting(self.learn): return
+    self.at = self.epoch  # fastai's own number is 0 again when something was asked within the epoch
     if self.stopped: raise CancelFitException()
-    if self.epoch < self.done: raise CancelEpochException()
+    if self.at < self.done: raise CancelEpochException()
 
 @patch
 def _write(self:Resumable, stopped=False):
-    s = dict(epochs=self.n_epoch, about=self.training_is, done=self.epoch+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
+    s = dict(epochs=self.n_epoch, about=self.training_is, done=self.at+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
              trackers=[{k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for cb in self.trackers()], values=[[_plain(v) for v in row] for row in self.learn.recorder.values], smooth=[self.learn.recorder.smooth_loss.count, torch.as_tensor(self.learn.recorder.smooth_loss.val).cpu()])
     s['opt'] = dict(state=[dict(o) for o in s['opt']['state']], hypers=[{k: _plain(v) for k, v in h.items()} for h in s['opt']['hypers']])
     if not rank_distrib():  # of several processes the first
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
         torch.save(s, part); os.replace(part, self.path)
-    self.done = self.epoch+1
+    self.done = self.at+1
 
 @patch
 def after_epoch(self:Resumable):
     "Write, or wake the others after the last epoch that was skipped"
-    if not self.fits: return
-    if self.epoch >= self.done: self._write()
-    elif self.epoch == self.done-1: self._wake()
+    if not _fitting(self.learn): return
+    if self.at >= self.done: self._write()
+    elif self.at == self.done-1: self._wake()
 
 @patch
 def _wake(self:Resumable):
@@ -252,6 +266,6 @@ def _wake(self:Resumable):
 @patch
 def after_cancel_fit(self:Resumable):
     "An early end is an end"
-    if not self.fits: return
+    if not _fitting(self.learn): return
     if self.stopped: self._wake()
-    elif self.epoch >= self.done: self._write(stopped=True)
+    elif self.at >= self.done: self._write(stopped=True)

@@ -170,9 +170,10 @@ def _at_year(time, event, w, year):
     g = _followed(time, event, np.append(np.minimum(time, year), np.nextafter(year, np.inf)), w)
     return w*ill/g[:, :-1].clip(1e-12), w*free/g[:, -1:].clip(1e-12)
 
-def _beyond(time, w, year, whole=False):
-    "[B]: whether anybody is observed beyond `year`, or (`whole`) for the whole of it"
-    return w[:, time >= year if whole else time > year].any(-1)
+def _beyond(time, event, w, year, whole=False):
+    "[B]: whether the share of `year` is known: somebody is observed beyond it (`whole`: for the whole of it), or nobody was left to be"
+    times, s = _curve(time, event, w)
+    return w[:, time >= year if whole else time > year].any(-1) | (s[:, times <= year] <= 1e-9).any(-1)
 
 @batched
 def auc_cumulative(
@@ -197,12 +198,12 @@ def brier_by_year(
     risk, # [N] probability of a cancer by the end of `year`
     weight=None, # [N] or [B,N]; `None`: all 1
     year:float=5 # k
-): # float or [B], 0 (perfect) to 1; NaN where nobody is observed beyond `year`
+): # float or [B], 0 (perfect) to 1; NaN where nobody is observed beyond `year` (but for those who all got a cancer before)
     "Mean squared error of the risk by `year`, corrected for those who left"
     time, event, w, r = _arrays('brier_by_year', time, event, risk, weight=weight)
     ill, free = _at_year(time, event, w, year)
     out = _ratio((ill*(1-r)**2 + free*r**2).sum(-1), w.sum(-1))
-    return _as_asked(np.where(_beyond(time, w, year), out, np.nan), weight)
+    return _as_asked(np.where(_beyond(time, event, w, year), out, np.nan), weight)
 
 # %% ../../nbs/metrics/15_survival.ipynb #bdc8ba27
 def _share(time, event, w, year):
@@ -221,7 +222,7 @@ def expected_over_observed(
     "Mean risk that was said, over the share that came true"
     time, event, w, risk = _arrays('expected_over_observed', time, event, risk, weight=weight)
     out = _ratio((w*risk).sum(-1), w.sum(-1)*_share(time, event, w, year))
-    return _as_asked(np.where(_beyond(time, w, year, whole=True), out, np.nan), weight)
+    return _as_asked(np.where(_beyond(time, event, w, year, whole=True), out, np.nan), weight)
 
 def plot_risk_calibration(
     table:pd.DataFrame, # as from `risk_table`
@@ -230,13 +231,13 @@ def plot_risk_calibration(
     n_boot:int=300, # resamples of patients, for the bars
     ax=None # axes to draw on; `None`: new ones
 ): # the axes
-    "Said and come true, in groups of rising risk; a group of which nobody is followed to the end of the year has no point"
+    "Said and come true, in groups of rising risk; a group of which nobody is followed to the end of the year has no point, unless all got a cancer before"
     name = f'risk_year_{year}'
     _arrays('plot_risk_calibration', table.time, table.event, table[name])
     ax = ax or plt.subplots(figsize=(3, 2.8))[1]
-    share = batched(lambda time, event, risk, weight=None: np.where(_beyond(time, weight, year, whole=True), _share(time, event == 1, weight, year), np.nan))
+    share = batched(lambda time, event, risk, weight=None: np.where(_beyond(time, event == 1, weight, year, whole=True), _share(time, event == 1, weight, year), np.nan))
     for _, g in table.groupby(pd.qcut(table[name].rank(method='first'), check_range(groups, 2, None, 'plot_risk_calibration', 'groups', whole=True))):
-        if not (g.time >= year).any(): continue  # nobody was followed for so long
+        if not _beyond(g.time.to_numpy(), g.event.to_numpy() == 1, np.ones((1, len(g))), year, whole=True)[0]: continue  # nobody was followed for so long
         x, e = g[name].mean(), bootstrap_ci(g, share, columns=('time', 'event', name), n_boot=n_boot)
         ax.errorbar([x], [e.value], yerr=[[max(e.value-e.low, 0)], [max(e.high-e.value, 0)]], fmt='o', color='C0', ms=4, capsize=2)
     top = max(ax.get_ylim()[1], table[name].quantile(.98))

@@ -95,7 +95,7 @@ def remember(self:BaseRiskModel,
     training:dict # what JSON can hold: a learner gives `prepare`, `priors`, `aligned`
 ):
     "Keep with the weights what they were trained on"
-    self.register_buffer('trained_on', torch.tensor(list(json.dumps(training).encode()), dtype=torch.uint8))
+    self.register_buffer('trained_on', torch.tensor(list(json.dumps(training).encode()), dtype=torch.uint8, device=next(self.parameters()).device))
 
 @patch(as_prop=True)
 def description(self:BaseRiskModel): # `dict(training=...)`; `None`: not known
