@@ -205,6 +205,8 @@ def test_a_group_that_all_got_a_cancer_is_known():
     assert np.isnan(auc_cumulative(time, np.ones(55), said, year=5))  # there is nobody without
     event = np.ones(55); event[time.argmax()] = 0  # the last one left: what became of her is not known
     assert np.isnan(brier_by_year(time, event, said, year=5)) and np.isnan(expected_over_observed(time, event, said, year=5))
+    few, when = np.append(np.zeros(199), 1), np.append(np.full(199, 4.), 4.9)  # one late cancer after all others left: the curve falls to 0, but nothing is known of year 5
+    assert np.isnan(brier_by_year(when, few, np.full(200, .1), year=5)) and np.isnan(expected_over_observed(when, few, np.full(200, .1), year=5))
     t = pd.DataFrame(dict(patient_id=range(110), time=np.concatenate([np.full(55, 7.), time]), event=np.repeat([0, 1], 55), risk_year_5=np.repeat([.1, .9], 55)))
     points = [c for c in plot_risk_calibration(t, groups=2, n_boot=10).containers]
     assert [float(c.lines[0].get_ydata()[0]) for c in points] == pytest.approx([0, 1])

@@ -33,7 +33,7 @@ class _Tracks:
         if _fitting(self.learn): super().before_fit()
 
     def after_epoch(self):
-        if _fitting(self.learn): super().after_epoch()
+        if _fitting(self.learn) and len(self.recorder.values[-1]) == len(self.recorder.metric_names)-1-self.recorder.add_time: super().after_epoch()  # not after an epoch that was skipped or cut short
 
     def after_fit(self):
         if _fitting(self.learn): super().after_fit()
@@ -63,7 +63,7 @@ class KeepBest(_Tracks, TrackerCallback):
 
     def after_epoch(self):
         "Remember the weights if they are the best so far"
-        if not _fitting(self.learn): return
+        self.new_best = False
         super().after_epoch()
         if self.new_best: self.weights, self.epoch_of_best = {k: v.detach().clone() for k, v in _bare(self.learn.model).state_dict().items()}, self.epoch
 
@@ -145,7 +145,7 @@ def _of_loss(loss, model):
     parts = {f'loss.{k}': m for k, m in vars(loss).items() if isinstance(m, torch.nn.Module) and m is not model}
     return _settings(loss, 'loss') | {k: v for name, m in parts.items() for k, v in _modules(m, name).items()}
 
-_READ = ('laterality', 'label', 'density')  # columns that a model reads, or learns from
+_READ = ('laterality', 'view', 'label', 'density', 'fixed', 'moving')  # columns that a model reads, or learns from
 
 def _of_data(ds, name):
     "A data set: what it was made with, how its pictures were prepared, who is in it with what truth, and where the flows go that come with it"
@@ -187,7 +187,7 @@ class Resumable(Callback):
     def __init__(self,
         folder, # where the checkpoint is, or will be: `checkpoint.pt`
         **known # what else the training is known by, such as `seed=0`: plain values
-    ): self.path, self.done, self.paused, self.known_by, self.training_is = Path(folder)/'checkpoint.pt', 0, [], known, {}
+    ): self.path, self.done, self.at, self.stopped, self.paused, self.known_by, self.training_is = Path(folder)/'checkpoint.pt', 0, -1, False, [], known, {}
 
     def trackers(self): return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, TrackerCallback)]
 
@@ -202,7 +202,7 @@ class Resumable(Callback):
 
     def compare(self, was):
         "Refuse the checkpoint of another training"
-        if 'model' not in was: raise InputError(self.path, 'checkpoint', 'one of an older version, which does not say what was trained', 'another folder, or none there: delete it to begin anew')
+        if 'parts of model' not in was: raise InputError(self.path, 'checkpoint', 'one of an older version, which does not say what was trained', 'another folder, or none there: delete it to begin anew')
         now, none = self.training_is, 'nothing'
         news = {k for k in {**now, **was} if k.startswith('model.') and (k in now) != (k in was)}  # an attribute that only one version of a library has; another part is in `parts of model`
         other = [k for k in {**now, **was} if k not in news and not _agree(was.get(k, none), now.get(k, none))]
@@ -216,7 +216,7 @@ class Resumable(Callback):
 def before_fit(self:Resumable):
     "Take up a checkpoint"
     if not _fitting(self.learn): return
-    self.done, self.stopped, self.training_is = 0, False, self.about()
+    self.done, self.at, self.stopped, self.training_is = 0, -1, False, self.about()
     if not self.path.is_file(): return
     try: s = torch.load(self.path, map_location='cpu', weights_only=True)
     except Exception as e: raise InputError(self.path, 'checkpoint', f'{type(e).__name__}: {str(e)[:200]}', 'a file that Resumable wrote') from e
@@ -235,7 +235,7 @@ def before_fit(self:Resumable):
 def before_epoch(self:Resumable):
     "Skip what is done"
     if not _fitting(self.learn): return
-    self.at = self.epoch  # fastai's own number is 0 again when something was asked within the epoch
+    self.at = max(self.at+1, self.epoch)  # fastai's own number is 0 again when something was asked within the epoch, and rises alone where epochs are skipped
     if self.stopped: raise CancelFitException()
     if self.at < self.done: raise CancelEpochException()
 
@@ -255,7 +255,7 @@ def after_epoch(self:Resumable):
     "Write, or wake the others after the last epoch that was skipped"
     if not _fitting(self.learn): return
     if self.at >= self.done: self._write()
-    elif self.at == self.done-1: self._wake()
+    elif self.paused and self.at == self.done-1: self._wake()
 
 @patch
 def _wake(self:Resumable):
@@ -268,4 +268,4 @@ def after_cancel_fit(self:Resumable):
     "An early end is an end"
     if not _fitting(self.learn): return
     if self.stopped: self._wake()
-    elif self.at >= self.done: self._write(stopped=True)
+    elif self.at >= 0: self._write(stopped=True)

@@ -171,9 +171,9 @@ def _at_year(time, event, w, year):
     return w*ill/g[:, :-1].clip(1e-12), w*free/g[:, -1:].clip(1e-12)
 
 def _beyond(time, event, w, year, whole=False):
-    "[B]: whether the share of `year` is known: somebody is observed beyond it (`whole`: for the whole of it), or nobody was left to be"
-    times, s = _curve(time, event, w)
-    return w[:, time >= year if whole else time > year].any(-1) | (s[:, times <= year] <= 1e-9).any(-1)
+    "[B]: whether the share of `year` is known: somebody is observed beyond it (`whole`: for the whole of it), or all got a cancer before"
+    ill = event & (time <= year)
+    return w[:, time >= year if whole else time > year].any(-1) | (w[:, ill].any(-1) & ~w[:, ~ill].any(-1))
 
 @batched
 def auc_cumulative(
@@ -218,7 +218,7 @@ def expected_over_observed(
     risk, # [N] probability of a cancer by the end of `year`
     weight=None, # [N] or [B,N]; `None`: all 1
     year:float=5 # k
-): # float or [B]; NaN without a cancer by then, or with nobody observed for the whole of `year`
+): # float or [B]; NaN without a cancer by then, or with nobody observed for the whole of `year` (but for those who all got a cancer before)
     "Mean risk that was said, over the share that came true"
     time, event, w, risk = _arrays('expected_over_observed', time, event, risk, weight=weight)
     out = _ratio((w*risk).sum(-1), w.sum(-1)*_share(time, event, w, year))
