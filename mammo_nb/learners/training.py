@@ -269,3 +269,8 @@ def after_cancel_fit(self:Resumable):
     if not _fitting(self.learn): return
     if self.stopped: self._wake()
     elif self.at >= 0: self._write(stopped=True)
+
+@patch
+def after_fit(self:Resumable):
+    "What comes is another training"
+    if _fitting(self.learn): self.at = -1
