@@ -31,7 +31,7 @@ from ..losses.survival import RiskLoss
 from ..metrics.predictions import predictions_table
 from ..metrics.survival import c_index
 from ..models.lmvnet import LMVNet
-from ..models.risk import BaseRiskModel, CumulativeProbabilityLayer, DensityRisk
+from ..models.risk import BaseRiskModel, CumulativeProbabilityLayer, DensityRisk, cumulative_risk
 
 # %% ../../nbs/learners/15_risk.ipynb #a2835956
 class RiskObjective:
@@ -48,7 +48,7 @@ class RiskObjective:
     )->Tensor: # scalar, or [B]
         return self.loss(self.model.get_risk_heads(outputs, targets), self.reduction)
 
-    def activation(self, logits): return logits.sigmoid()
+    def activation(self, logits): return cumulative_risk(logits)
     def decodes(self, probabilities): return probabilities
 
 class RiskCIndex(Metric):
@@ -162,7 +162,7 @@ def _batches(model, ds, bs, progress):
             xs = [ds[j][0] for j in range(i, min(i+bs, len(ds)))]
             x = {k: torch.stack([o[k] for o in xs]).to(device) for k in xs[0]}
             with torch.no_grad(): pred = model(x)
-            d = {k: v.float().sigmoid().cpu() for k, v in pred.items() if k.startswith('risk_')} | dict(risk_multi=model.get_primary_risk_head(pred).cpu())
+            d = {k: cumulative_risk(v).cpu() for k, v in pred.items() if k.startswith('risk_')} | dict(risk_multi=model.get_primary_risk_head(pred).cpu())
             for v in ('cc', 'mlo'):  # a view that is missing has no answer
                 if f'risk_{v}' in d: d[f'risk_{v}'] = d[f'risk_{v}'].masked_fill(x[f'present_current_{v}'].cpu()[:, None] <= 0, float('nan'))
             there = [pred[f'prior_weight_{v}'] > 0 for v in ('cc', 'mlo') if f'prior_weight_{v}' in pred]
