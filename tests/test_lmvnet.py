@@ -45,8 +45,16 @@ def test_negative_hazards_are_none(): assert layer([1, -2, 3, -4, 5])(torch.rand
 @pytest.mark.parametrize('seed', range(5))
 def test_risk_never_falls(seed):
     torch.manual_seed(seed)
-    p = cumulative_risk(CumulativeProbabilityLayer(16)(torch.randn(64, 16)*3))
-    assert (p.diff(dim=1) >= 0).all() and (p > 0).all() and (p < 1).all()
+    z = CumulativeProbabilityLayer(16)(torch.randn(64, 16)*3)
+    p = cumulative_risk(z)
+    assert (z.diff(dim=1) >= 0).all() and (p.diff(dim=1) >= 0).all() and (p > 0).all() and (p < 1).all()
+    assert torch.allclose(p, z.sigmoid(), rtol=0, atol=1e-6)
+
+def test_a_fall_is_an_error_and_a_rounding_is_not():
+    z = torch.tensor([[0., .5, .5-1e-7], [0, .5, 1]])
+    assert (cumulative_risk(z).diff(dim=1) >= 0).all() and cumulative_risk(z[0]).shape == (3,)
+    assert cumulative_risk(torch.full((2, 3), float('nan'))).isnan().all()  # a training that has diverged is for its loss to say
+    with pytest.raises(InputError, match='row 1: found .*never falls'): cumulative_risk(torch.stack([z[1], z[1].flip(0)]))
 
 # time
 
@@ -267,6 +275,26 @@ def test_a_model_needs_nothing_but_the_contract(prepared):
     learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Own(), recipe=None))
     learn.fit(1)
     assert len(predict(learn, prepared, split='test'))
+
+class Falling(BaseRiskModel):
+    "Logits with nothing that keeps them from falling"
+    def __init__(self): super().__init__(); self.net = nn.Linear(1, 5); nn.init.zeros_(self.net.weight); self.net.bias.data.copy_(torch.tensor([0., 1, 2, 1, 3]))
+    def forward(self, batch): return dict(risk_multi=self.net(batch['current_image_cc'].mean((1, 2, 3))[:, None]))
+
+def test_a_model_whose_risk_falls_is_refused_at_its_first_batch(prepared):
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Falling(), recipe=None))
+    before = [o.clone() for o in learn.model.parameters()]
+    with pytest.raises(InputError, match='row 0: found .*never falls'): learn.fit(1)
+    assert all(map(torch.equal, before, learn.model.parameters()))
+    with pytest.raises(InputError, match='never falls'): predict(learn, prepared, split='test')
+
+def test_the_learner_gives_the_answer_of_the_model(prepared):
+    class Half(CurrentExamRisk):
+        def get_primary_risk_head(self, outputs): return super().get_primary_risk_head(outputs)/2
+    torch.manual_seed(0); learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Half('small', stride=8), recipe=None))
+    p, _ = learn.get_preds(); learn.model.__class__ = CurrentExamRisk
+    whole, _ = learn.get_preds()
+    assert torch.allclose(p*2, whole) and not torch.allclose(p, whole)
 
 def test_how_many_have_a_prior_is_counted(prepared):
     rows = breast_history(prepared.cohort, current='all')

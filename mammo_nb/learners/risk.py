@@ -40,15 +40,18 @@ class RiskObjective:
         model:BaseRiskModel, # says what is trained
         loss:nn.Module|None=None, # of the heads; `None`: `RiskLoss()`
         reduction:str='mean' # `none`: one number a breast, as fastai asks for in `get_preds(with_loss=True)`
-    ): self.model, self.loss, self.reduction = model, loss or RiskLoss(), reduction
+    ): self.model, self.loss, self.reduction, self.asked = model, loss or RiskLoss(), reduction, False
 
     def __call__(self,
         outputs:dict, # of the model
         targets:dict # of the batch
     )->Tensor: # scalar, or [B]
+        if not self.asked: # the first batch tells whether the model has an answer, not the validation after an epoch
+            with torch.no_grad(): self.model.get_primary_risk_head(outputs)
+            self.asked = True
         return self.loss(self.model.get_risk_heads(outputs, targets), self.reduction)
 
-    def activation(self, logits): return cumulative_risk(logits)
+    def activation(self, logits): return self.model.get_primary_risk_head(dict(risk_multi=logits))
     def decodes(self, probabilities): return probabilities
 
 class RiskCIndex(Metric):
@@ -162,7 +165,7 @@ def _batches(model, ds, bs, progress):
             xs = [ds[j][0] for j in range(i, min(i+bs, len(ds)))]
             x = {k: torch.stack([o[k] for o in xs]).to(device) for k in xs[0]}
             with torch.no_grad(): pred = model(x)
-            d = {k: cumulative_risk(v).cpu() for k, v in pred.items() if k.startswith('risk_')} | dict(risk_multi=model.get_primary_risk_head(pred).cpu())
+            d = dict(risk_multi=model.get_primary_risk_head(pred).cpu()) | {k: cumulative_risk(v).cpu() for k, v in pred.items() if k.startswith('risk_') and k != 'risk_multi'}
             for v in ('cc', 'mlo'):  # a view that is missing has no answer
                 if f'risk_{v}' in d: d[f'risk_{v}'] = d[f'risk_{v}'].masked_fill(x[f'present_current_{v}'].cpu()[:, None] <= 0, float('nan'))
             there = [pred[f'prior_weight_{v}'] > 0 for v in ('cc', 'mlo') if f'prior_weight_{v}' in pred]

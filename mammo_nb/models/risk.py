@@ -66,10 +66,17 @@ class ContinuousPosEncoding(nn.Module):
 
 # %% ../../nbs/models/10_risk.ipynb #6c62b6db
 def cumulative_risk(
-    logits:Tensor # [...,Y] of the cumulative risk, never falling
+    logits:Tensor # [...,Y] of the cumulative risk; they may not fall from year to year
 )->Tensor: # [...,Y] float32, 0 to 1, never falling
-    "Probabilities; a processor may round the sigmoid of equal logits in two ways, and no later year may be less"
-    return logits.float().sigmoid().cummax(-1).values
+    "Probabilities; what falls by rounding alone is mended (a processor may round equal logits in two ways), more is an `InputError`"
+    return _never_falling(logits.float().sigmoid(), max(1e-6, torch.finfo(logits.dtype).eps))
+
+def _never_falling(p, rounding=1e-6):
+    "Probabilities [...,Y] without the falls of rounding"
+    most = p.cummax(-1).values
+    falls = ((most - p).amax(-1) > rounding).flatten().nonzero()
+    if len(falls): raise InputError('cumulative_risk', f'row {int(falls[0])}', [round(o, 4) for o in p.reshape(-1, p.shape[-1])[falls[0, 0]].tolist()], 'a risk that never falls from year to year, as of CumulativeProbabilityLayer')
+    return most
 
 class BaseRiskModel(nn.Module, ABC):
     "The contract of a risk model: logits of the cumulative risk in a dictionary"
@@ -78,7 +85,7 @@ class BaseRiskModel(nn.Module, ABC):
     @abstractmethod
     def forward(self,
         batch:dict # inputs, see `data.risk_samples`
-    )->dict: # outputs; `risk_...` are logits [B,Y]
+    )->dict: # outputs; `risk_...` are logits [B,Y] that may not fall from year to year
         "Read a batch"
 
     def get_risk_heads(self,
