@@ -50,11 +50,20 @@ def test_risk_never_falls(seed):
     assert (z.diff(dim=1) >= 0).all() and (p.diff(dim=1) >= 0).all() and (p > 0).all() and (p < 1).all()
     assert torch.allclose(p, z.sigmoid(), rtol=0, atol=1e-6)
 
-def test_a_fall_is_an_error_and_a_rounding_is_not():
-    z = torch.tensor([[0., .5, .5-1e-7], [0, .5, 1]])
-    assert (cumulative_risk(z).diff(dim=1) >= 0).all() and cumulative_risk(z[0]).shape == (3,)
-    assert cumulative_risk(torch.full((2, 3), float('nan'))).isnan().all()  # a training that has diverged is for its loss to say
-    with pytest.raises(InputError, match='row 1: found .*never falls'): cumulative_risk(torch.stack([z[1], z[1].flip(0)]))
+def falling_by(d): return torch.tensor([[0., .5, 1], [0, .5, .5-d]])
+def test_a_rounding_is_mended():
+    z = falling_by(2e-6)  # 4.7e-7 in probability
+    assert (z.sigmoid().diff(dim=1) < 0).any() and (cumulative_risk(z).diff(dim=1) >= 0).all() and cumulative_risk(z[1]).shape == (3,)
+def test_a_fall_is_an_error():  # 2.4e-6 in probability
+    with pytest.raises(InputError, match='row 1: found .*never falls'): cumulative_risk(falling_by(1e-5))
+def test_no_answer_stays_none(): assert cumulative_risk(torch.full((2, 3), float('nan'))).isnan().all()
+def test_a_fall_beside_nan_is_an_error():
+    with pytest.raises(InputError, match='row 0'): cumulative_risk(torch.tensor([[1., 0, float('nan')]]))
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
+def test_half_precision_adds_up_in_32_bits(dtype):
+    m = CumulativeProbabilityLayer(16).to(dtype)
+    z = m(torch.randn(64, 16).to(dtype)*3)
+    assert z.dtype == torch.float32 and (z.diff(dim=1) >= 0).all()
 
 # time
 
@@ -274,6 +283,23 @@ def test_a_model_needs_nothing_but_the_contract(prepared):
         def get_primary_risk_head(self, outputs): return outputs['risk_multi'].sigmoid().cummax(1).values
     learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Own(), recipe=None))
     learn.fit(1)
+    assert len(predict(learn, prepared, split='test'))
+
+class Mean(CurrentExamRisk):
+    "The answer is the mean of two heads"
+    def get_primary_risk_head(self, outputs): return (outputs['risk_multi'].sigmoid() + outputs['risk_cc'].sigmoid())/2
+
+class Side(Mean):
+    "Only the head of one view falls"
+    def forward(self, batch): o = super().forward(batch); return o | dict(risk_mlo=o['risk_mlo'] - torch.arange(5.))
+
+def test_a_view_whose_risk_falls_is_refused_too(prepared):
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Side('small', stride=8), recipe=None))
+    with pytest.raises(InputError, match='never falls'): learn.fit(1)
+
+def test_an_answer_of_several_heads_is_for_predict(prepared):
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Mean('small', stride=8), recipe=None))
+    with pytest.raises(InputError, match="Mean: found it reads 'risk_cc'"): learn.get_preds()
     assert len(predict(learn, prepared, split='test'))
 
 class Falling(BaseRiskModel):

@@ -34,24 +34,34 @@ from ..models.lmvnet import LMVNet
 from ..models.risk import BaseRiskModel, CumulativeProbabilityLayer, DensityRisk, cumulative_risk
 
 # %% ../../nbs/learners/15_risk.ipynb #a2835956
+def _answers(model, outputs, there=None):
+    "Probabilities of the answer and of each view alone; NaN where a view is missing (`there` [B,2])"
+    out = dict(risk_multi=model.get_primary_risk_head(outputs))
+    for k, v in enumerate(('risk_cc', 'risk_mlo')):
+        if v in outputs: out[v] = cumulative_risk(outputs[v] if there is None else outputs[v].masked_fill(there[:, k:k+1] <= 0, float('nan')))
+    return out
+
 class RiskObjective:
-    "The loss of a risk model: its heads, weighed"
+    "The loss of a risk model: its heads, weighed. Curves that fall are an `InputError`, most often at the first batch"
+    asked = False
     def __init__(self,
         model:BaseRiskModel, # says what is trained
         loss:nn.Module|None=None, # of the heads; `None`: `RiskLoss()`
         reduction:str='mean' # `none`: one number a breast, as fastai asks for in `get_preds(with_loss=True)`
-    ): self.model, self.loss, self.reduction, self.asked = model, loss or RiskLoss(), reduction, False
+    ): self.model, self.loss, self.reduction = model, loss or RiskLoss(), reduction
 
     def __call__(self,
         outputs:dict, # of the model
         targets:dict # of the batch
     )->Tensor: # scalar, or [B]
-        if not self.asked: # the first batch tells whether the model has an answer, not the validation after an epoch
-            with torch.no_grad(): self.model.get_primary_risk_head(outputs)
+        if not self.asked: # what no answer can be made of should not wait for the validation after an epoch
+            with torch.no_grad(): _answers(self.model, outputs, outputs.get('present'))
             self.asked = True
         return self.loss(self.model.get_risk_heads(outputs, targets), self.reduction)
 
-    def activation(self, logits): return self.model.get_primary_risk_head(dict(risk_multi=logits))
+    def activation(self, logits):
+        try: return self.model.get_primary_risk_head(dict(risk_multi=logits))
+        except KeyError as e: raise InputError('get_preds', f'get_primary_risk_head of {type(self.model).__name__}', f'it reads {e}', 'an answer from risk_multi alone; `predict` hands it every output') from e
     def decodes(self, probabilities): return probabilities
 
 class RiskCIndex(Metric):
@@ -165,12 +175,11 @@ def _batches(model, ds, bs, progress):
             xs = [ds[j][0] for j in range(i, min(i+bs, len(ds)))]
             x = {k: torch.stack([o[k] for o in xs]).to(device) for k in xs[0]}
             with torch.no_grad(): pred = model(x)
-            d = dict(risk_multi=model.get_primary_risk_head(pred).cpu()) | {k: cumulative_risk(v).cpu() for k, v in pred.items() if k.startswith('risk_') and k != 'risk_multi'}
-            for v in ('cc', 'mlo'):  # a view that is missing has no answer
-                if f'risk_{v}' in d: d[f'risk_{v}'] = d[f'risk_{v}'].masked_fill(x[f'present_current_{v}'].cpu()[:, None] <= 0, float('nan'))
+            views = torch.stack([x[f'present_current_{v}'] for v in ('cc', 'mlo')], 1)
+            d = {k: v.cpu() for k, v in _answers(model, pred, views).items()}
             there = [pred[f'prior_weight_{v}'] > 0 for v in ('cc', 'mlo') if f'prior_weight_{v}' in pred]
             d['priors_used'] = (there[0] | there[1]).sum(1).cpu() if there else torch.zeros(len(xs))
-            d['views_used'] = sum(x[f'present_current_{v}'] for v in ('cc', 'mlo')).cpu()
+            d['views_used'] = views.sum(1).cpu()
             out.append(d)
     finally: model.train(was)
     return {k: torch.cat([o[k] for o in out]).double().numpy() for k in out[0]}

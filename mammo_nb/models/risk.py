@@ -19,7 +19,7 @@ from .two_view import make_encoder
 
 # %% ../../nbs/models/10_risk.ipynb #642dc8aa
 class CumulativeProbabilityLayer(nn.Module):
-    "Features `[B,F]` -> logits of the cumulative risk `[B,Y]`, never falling from year to year"
+    "Features `[B,F]` -> logits of the cumulative risk `[B,Y]` float32, never falling from year to year"
     def __init__(self,
         features:int, # F
         years:int=5 # Y
@@ -29,7 +29,7 @@ class CumulativeProbabilityLayer(nn.Module):
         self.hazard, self.base = nn.Linear(features, years), nn.Linear(features, 1)
         for m in (self.hazard, self.base): nn.init.zeros_(m.bias)  # a learner sees by them that nothing has been learnt
 
-    def forward(self, x:Tensor)->Tensor: return self.base(x) + F.relu(self.hazard(x)).cumsum(-1)
+    def forward(self, x:Tensor)->Tensor: return self.base(x).float() + F.relu(self.hazard(x)).float().cumsum(-1)
 
 # %% ../../nbs/models/10_risk.ipynb #8a35ed1d
 class ContinuousPosEncoding(nn.Module):
@@ -64,20 +64,19 @@ class ContinuousPosEncoding(nn.Module):
     )->Tensor: # [B,dim,...]
         return self.drop(x + self.code(years).to(x.dtype).view(*x.shape[:2], *[1]*(x.ndim-2)))
 
-# %% ../../nbs/models/10_risk.ipynb #6c62b6db
+# %% ../../nbs/models/10_risk.ipynb #73faa315
 def cumulative_risk(
     logits:Tensor # [...,Y] of the cumulative risk; they may not fall from year to year
 )->Tensor: # [...,Y] float32, 0 to 1, never falling
-    "Probabilities; what falls by rounding alone is mended (a processor may round equal logits in two ways), more is an `InputError`"
-    return _never_falling(logits.float().sigmoid(), max(1e-6, torch.finfo(logits.dtype).eps))
-
-def _never_falling(p, rounding=1e-6):
-    "Probabilities [...,Y] without the falls of rounding"
+    "Probabilities; a fall of at most 1e-6, a rounding, is mended, a larger one is an `InputError`"
+    p = logits.float().sigmoid()
     most = p.cummax(-1).values
-    falls = ((most - p).amax(-1) > rounding).flatten().nonzero()
+    falls = ((most - p).nan_to_num(0).amax(-1) > 1e-6).flatten().nonzero()
     if len(falls): raise InputError('cumulative_risk', f'row {int(falls[0])}', [round(o, 4) for o in p.reshape(-1, p.shape[-1])[falls[0, 0]].tolist()], 'a risk that never falls from year to year, as of CumulativeProbabilityLayer')
     return most
 
+
+# %% ../../nbs/models/10_risk.ipynb #6c62b6db
 class BaseRiskModel(nn.Module, ABC):
     "The contract of a risk model: logits of the cumulative risk in a dictionary"
     years:int = 5 # Y
