@@ -144,6 +144,15 @@ def test_gradient_cam_of_a_linear_head_is_the_classical_map():
     cam = grad_cam(head(F.adaptive_avg_pool2d(f, 1).flatten(1))[:, 0], f)
     assert torch.allclose(cam*30, torch.einsum('c,bchw->bhw', head.weight[0], f), atol=1e-5)
 
+def test_maps_cover_the_picture_exactly(monkeypatch):
+    "75 columns are 9.4 cells of 8: of ten cells the last looks over the border, and the map that is given out does not"
+    import mammo_nb.models.mammonet as module
+    columns = lambda logit, leaves, graph: [torch.zeros_like(o[:, 0]) + torch.arange(o.shape[3])*8. + 4 for o in leaves]  # every cell says its column
+    monkeypatch.setattr(module, 'grad_cam', columns)
+    m = MammoNet('small', stride=8, width=8, heads=2, head_dim=8).eval(); m.shift = 0.
+    cam = m({f'image_{v}': torch.rand(1, 1, 96, 75) for v in ('cc', 'mlo')})['cam_cc']
+    assert cam.shape == (1, 12, 10) and torch.allclose(cam[0, :, 1:-1], ((torch.arange(10)+.5)*7.5)[1:-1].expand(12, 8))
+
 @pytest.mark.parametrize('shared', [False, True])
 def test_views_are_exchanged_before_either_changes(shared):
     seed_everything(0); net = MammoNet('small', stride=8, width=8, heads=2, head_dim=8, shared=shared).eval()

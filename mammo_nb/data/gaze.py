@@ -307,7 +307,7 @@ def gaze_to_heatmap(
     sigma_deg:float|None=None, # or degrees of vision (needs `per_degree`)
     pixel_spacing_mm:float|None=None, # mm a pixel
     per_degree:float|None=None, # pixels a degree, see `pixels_per_degree`
-    stride:int=1, # pixels a cell of the map
+    stride:int=1, # pixels a cell of the map; a little less where the picture is not whole cells, so that they share it evenly
     slices:int=1, # parts of the reading
     normalize:str|None='max' # largest value of the sum of the slices is 1; `sum`: all adds up to 1; `None`: dwell a cell
 )->tuple: # map float32 [slices,h,w]; whether anything was seen (else the map is 0)
@@ -319,9 +319,9 @@ def gaze_to_heatmap(
     w = np.ones(len(p)) if durations is None else np.asarray(durations, dtype=np.float64)
     if w.shape != (len(p),) or (w < 0).any(): raise InputError('gaze_to_heatmap', 'durations', f'{w.shape} values, smallest {np.min(w, initial=0):g}', f'{len(p)} values of 0 or more')
     ok = ((p >= 0) & (p < shape)).all(1) & np.isfinite(w); p, w = p[ok], w[ok]
-    h, wide = (-(-n//stride) for n in shape[:2])
+    cells = tuple(-(-n//stride) for n in shape[:2]); pixels = np.array(shape[:2])/cells  # of a cell
     when = np.minimum(((w.cumsum()-w/2)/max(w.sum(), 1e-12)*slices).astype(int), slices-1)
-    m = np.stack([ndimage.gaussian_filter(_splat(p[when == k]/stride, w[when == k], (h, wide)), sigma/stride, mode='constant') for k in range(slices)])
+    m = np.stack([ndimage.gaussian_filter(_splat(p[when == k]/pixels, w[when == k], cells), sigma/pixels, mode='constant') for k in range(slices)])
     top = {'max': m.sum(0).max(), 'sum': m.sum(), None: 1.}[normalize]
     return (m/top if top > 0 else m).astype(np.float32), bool(w.sum() > 0)
 

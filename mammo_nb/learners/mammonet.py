@@ -26,7 +26,7 @@ from .training import KeepBest
 from .two_view import predict, _class_weight, _same_preparing
 from ..losses.mammonet import MammoNetLoss
 from ..metrics.bootstrap import auc
-from ..models.blocks import centred
+from ..models.blocks import centred, on_picture
 from ..models.mammonet import MammoNet
 
 # %% ../../nbs/learners/20_mammonet.ipynb #31bdaab0
@@ -100,7 +100,7 @@ def attention_maps(
             for k, m in said.items():
                 if not k.startswith(('cam_', 'map_')): continue
                 ids = ds.ids[i:i+len(xs), VIEW_NAMES.index(k[4:])]
-                m = centred(m.float(), model.shift) if k.startswith('map_') else m.float()
+                m = on_picture(centred(m.float(), model.shift), prepared.config.size, model.stride) if k.startswith('map_') else m.float()
                 out |= {j: o for j, o in zip(ids, m.cpu().numpy()) if isinstance(j, str)}
     finally: model.train(was)
     return out
@@ -136,7 +136,7 @@ def choose_weights(
     check_range(folds, 3, 100, 'choose_weights', 'folds', whole=True)
     parts = _folds(prepared, folds, seed)
     who = hashlib.sha256(repr([_plainly(kwargs), *(t[['patient_id', 'split']].to_numpy().tolist() for t in parts)]).encode()).hexdigest()[:12]
-    done = pd.read_csv(path) if path is not None and Path(path).exists() else pd.DataFrame(columns=['gaze_weight', 'fusion_weight', 'fold', 'auc', 'patients'])
+    done = pd.read_csv(path, dtype=dict(patients=str)) if path is not None and Path(path).exists() else pd.DataFrame(columns=['gaze_weight', 'fusion_weight', 'fold', 'auc', 'patients'])
     if (done.patients != who).any(): raise InputError(path, 'patients', done.patients[done.patients != who].iloc[0], f'{who}: results of the same folds of the same patients with the same loaders; name another file')
     out = done.to_dict('records')
     known = {(r['gaze_weight'], r['fusion_weight'], r['fold']) for r in out}

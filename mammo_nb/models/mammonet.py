@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core.errors import InputError, check_in, check_range
 from ..losses.attention import grad_cam
-from .blocks import CrossViewAttention, centred, those_there
+from .blocks import CrossViewAttention, centred, on_picture, those_there
 from .two_view import make_encoder
 
 # %% ../../nbs/models/20_mammonet.ipynb #5ee073c5
@@ -107,13 +107,14 @@ def forward(self:MammoNet,
 )->dict: # `logit` [B] (NaN without any view), `cam_cc`, `cam_mlo` [B,h,w], `present` (one [B] a view), `fused`, `vectors`, `predicted`, and with slices `scan_cc`, `scan_mlo` [B,K,h,w]
     "Read the views that are there"
     maps, there = self.features(inputs)
-    graph = torch.is_grad_enabled()
+    graph, size = torch.is_grad_enabled(), inputs[f'image_{self.views[0]}'].shape[-2:]
+    placed = lambda m: on_picture(centred(m, self.shift), size, self.stride)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(maps[0].device.type, enabled=False):  # the maps' gradient, also where nothing else has one; small numbers: always in 32 bits
         leaves, there = [m.float() if m.requires_grad else m.detach().float().clone().requires_grad_() for m in maps], there.clone()
         out = self.head(leaves, there)
-        cams = [centred(c, self.shift) for c in grad_cam(out['logit'], leaves, self.create_graph and graph)]
+        cams = [placed(c) for c in grad_cam(out['logit'], leaves, self.create_graph and graph)]
     out |= {f'cam_{v}': c*t.view(-1, 1, 1).to(c.dtype) for v, c, t in zip(self.views, cams, there)} | dict(present=list(there))
-    if self.scan is not None: out |= {f'scan_{v}': centred(self.scan(m), self.shift) for v, m in zip(self.views, leaves)}
+    if self.scan is not None: out |= {f'scan_{v}': placed(self.scan(m)) for v, m in zip(self.views, leaves)}
     out['logit'] = torch.where(there.sum(0) > 0, out['logit'], torch.nan)
     if graph: return out
     return {k: [o.detach() for o in v] if isinstance(v, list) else v.detach() for k, v in out.items()}

@@ -11,7 +11,7 @@ import numpy as np, torch
 import matplotlib.pyplot as plt
 from torch.nn import functional as F
 from ..core.errors import InputError
-from ..models.blocks import centred
+from ..models.blocks import centred, on_picture
 
 # %% ../../nbs/report/02_overlay.ipynb #af5f6f61
 FOR, AGAINST = (1., .45, .05), (.1, .5, 1.)
@@ -56,7 +56,7 @@ def evidence(
         with torch.no_grad(): out = net({k: t.to(device) for k, t in batch.items()})
     finally: net.train(was)
     said = {'probability': out['logit']} | {f'probability_{v}': out[f'logit_{v}'] for v in there if f'logit_{v}' in out}
-    return {k: float(t.sigmoid()[0]) for k, t in said.items()} | dict(maps={v: (centred(out[f'map_{v}'], net.shift) if f'map_{v}' in out else out[f'cam_{v}'])[0].cpu().numpy() for v in there})
+    return {k: float(t.sigmoid()[0]) for k, t in said.items()} | dict(maps={v: (on_picture(centred(out[f'map_{v}'], net.shift), blank.shape[-2:], net.stride) if f'map_{v}' in out else out[f'cam_{v}'])[0].cpu().numpy() for v in there})
 
 # %% ../../nbs/report/02_overlay.ipynb #0194392c
 def show_evidence(

@@ -96,4 +96,4 @@ def taught_by_gaze(tour, s): # the tour and the empty section to fill
         ci = {k: str(localization_ci(found[v], k, n_boot=tour.config.n_boot)) if found[v].patient_id.nunique() > 1 else '' for k in ('attention_in_lesion', 'coverage_auc')}
         rows.append((name, f'{auc(t.label, t["value"]):.2f}' if two else '', ci['attention_in_lesion'], f'{found[v].chance.mean():.3f}', ci['coverage_auc']))
     s.table(pd.DataFrame(rows, columns=['network', 'AUC', 'attention in the lesion', 'chance', 'lesion before other places (0.5: chance)']), f'{one_output(said, system="cross_view").patient_id.nunique()} test patients. Intervals: bootstrap over patients.')
-    s.note('A few dozen training patients: where the networks look can be seen already, whether it makes them better cannot. That is `make bench NAME=mammonet`, whose rows, once they are there, the tutorial shows.')
+    s.note('A few dozen training patients: where the networks look can be seen already, whether it makes them better cannot. That is `make bench NAME=mammonet`, whose rows the tutorial shows.')
