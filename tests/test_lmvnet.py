@@ -20,7 +20,7 @@ from mammo_nb.core.errors import InputError
 from mammo_nb.data.risk_samples import RiskAugment, RiskDataset, breast_history, risk_dls
 from mammo_nb.learners.registration import registration_learner
 from mammo_nb.data.follow_up import survival_target
-from mammo_nb.learners.risk import _start_at, RiskCIndex, lmvnet_learner, predict, risk_learner
+from mammo_nb.learners.risk import _start_at, RiskCIndex, RiskObjective, lmvnet_learner, predict, risk_learner
 from mammo_nb.learners.training import Resumable
 from mammo_nb.metrics.survival import c_index
 from mammo_nb.models.lmvnet import Attention, DualStreamBlock, LMVNet, LongitudinalFeatureProcessor, UnalignedRisk
@@ -62,8 +62,10 @@ def test_a_fall_beside_nan_is_an_error():
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
 def test_half_precision_adds_up_in_32_bits(dtype):
     m = CumulativeProbabilityLayer(16).to(dtype)
-    z = m(torch.randn(64, 16).to(dtype)*3)
+    x = torch.randn(64, 16).to(dtype)*3
+    z = m(x)
     assert z.dtype == torch.float32 and (z.diff(dim=1) >= 0).all()
+    assert torch.equal(z, m.base(x).float() + m.hazard(x).relu().float().cumsum(1)) and not torch.equal(z, z.to(dtype).float())  # not what half precision can hold
 
 # time
 
@@ -296,6 +298,21 @@ class Side(Mean):
 def test_a_view_whose_risk_falls_is_refused_too(prepared):
     learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Side('small', stride=8), recipe=None))
     with pytest.raises(InputError, match='never falls'): learn.fit(1)
+
+class Further(CurrentExamRisk):
+    "A head of its own beside those of the views"
+    def forward(self, batch): o = super().forward(batch); return o | dict(risk_own=-torch.arange(5.)*o['risk_cc'].new_ones(len(o['risk_cc']), 1))
+
+def test_a_further_head_that_falls_is_refused_too(prepared):
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Further('small', stride=8), recipe=None))
+    with pytest.raises(InputError, match='never falls'): learn.fit(1)
+
+def test_the_curve_of_a_missing_view_is_nobodys():
+    z = torch.zeros(2, 5); falls = z - torch.arange(5.)
+    out = dict(risk_multi=z, risk_cc=z, risk_mlo=torch.stack([z[0], falls[1]]), present=torch.tensor([[1., 1], [1, 0]]))
+    y = dict(target=z, y_mask=z+1)
+    assert RiskObjective(DensityRisk())(out, y).isfinite()
+    with pytest.raises(InputError, match='row 1'): RiskObjective(DensityRisk())(out | dict(present=torch.ones(2, 2)), y)
 
 def test_an_answer_of_several_heads_is_for_predict(prepared):
     learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Mean('small', stride=8), recipe=None))

@@ -35,14 +35,14 @@ from ..models.risk import BaseRiskModel, CumulativeProbabilityLayer, DensityRisk
 
 # %% ../../nbs/learners/15_risk.ipynb #a2835956
 def _answers(model, outputs, there=None):
-    "Probabilities of the answer and of each view alone; NaN where a view is missing (`there` [B,2])"
-    out = dict(risk_multi=model.get_primary_risk_head(outputs))
+    "Probabilities of the answer and of every other head; NaN where the view of a head is missing (`there` [B,2])"
+    heads = {k: v for k, v in outputs.items() if k.startswith('risk_') and k != 'risk_multi'}
     for k, v in enumerate(('risk_cc', 'risk_mlo')):
-        if v in outputs: out[v] = cumulative_risk(outputs[v] if there is None else outputs[v].masked_fill(there[:, k:k+1] <= 0, float('nan')))
-    return out
+        if v in heads and there is not None: heads[v] = heads[v].masked_fill(there[:, k:k+1] <= 0, float('nan'))
+    return dict(risk_multi=model.get_primary_risk_head(outputs)) | {k: cumulative_risk(v) for k, v in heads.items()}
 
 class RiskObjective:
-    "The loss of a risk model: its heads, weighed. Curves that fall are an `InputError`, most often at the first batch"
+    "The loss of a risk model: its heads, weighed. Heads whose curves fall are an `InputError`, most often at the first batch"
     asked = False
     def __init__(self,
         model:BaseRiskModel, # says what is trained

@@ -84,7 +84,7 @@ class BaseRiskModel(nn.Module, ABC):
     @abstractmethod
     def forward(self,
         batch:dict # inputs, see `data.risk_samples`
-    )->dict: # outputs; `risk_...` are logits [B,Y] that may not fall from year to year
+    )->dict: # outputs; `risk_...` are logits [B,Y] float32 that may not fall from year to year
         "Read a batch"
 
     def get_risk_heads(self,
