@@ -24,7 +24,7 @@ from mammo_nb.learners.risk import _start_at, RiskCIndex, RiskObjective, lmvnet_
 from mammo_nb.learners.training import Resumable
 from mammo_nb.metrics.survival import c_index
 from mammo_nb.models.lmvnet import Attention, DualStreamBlock, LMVNet, LongitudinalFeatureProcessor, UnalignedRisk
-from mammo_nb.models.risk import BaseRiskModel, ContinuousPosEncoding, CurrentExamRisk, CumulativeProbabilityLayer, DensityRisk, cumulative_risk
+from mammo_nb.models.risk import BaseRiskModel, ContinuousPosEncoding, CurrentExamRisk, CumulativeProbabilityLayer, DensityRisk, check_cumulative, cumulative_risk
 from mammo_nb.registration.mammoregnet import MammoRegNet
 
 def batch(b=2, size=(64, 48), seed=0):
@@ -57,8 +57,22 @@ def test_a_rounding_is_mended():
 def test_a_fall_is_an_error():  # 2.4e-6 in probability
     with pytest.raises(InputError, match='row 1: found .*never falls'): cumulative_risk(falling_by(1e-5))
 def test_no_answer_stays_none(): assert cumulative_risk(torch.full((2, 3), float('nan'))).isnan().all()
-def test_a_fall_beside_nan_is_an_error():
-    with pytest.raises(InputError, match='row 0'): cumulative_risk(torch.tensor([[1., 0, float('nan')]]))
+@pytest.mark.parametrize('row', ([1., 0, float('nan')], [float('nan'), 1, 0], [1, float('nan'), 0]))
+def test_a_fall_beside_nan_is_an_error(row):
+    with pytest.raises(InputError, match='row 0'): cumulative_risk(torch.tensor([row]))
+def test_only_what_is_nan_stays_nan(): assert cumulative_risk(torch.tensor([0., float('nan'), 0])).isnan().tolist() == [False, True, False]
+def test_doubles_stay_doubles(): assert cumulative_risk(torch.zeros(5, dtype=torch.float64)).dtype == torch.float64
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float64))
+def test_density_in_every_precision(dtype):
+    torch.manual_seed(0); net, x = DensityRisk(), dict(density=torch.tensor([0, -1, 3]))
+    with torch.no_grad(): whole, other = net(x)['risk_multi'], net.to(dtype)(x)['risk_multi']
+    assert other.dtype == torch.promote_types(dtype, torch.float32) and torch.allclose(whole, other.float(), atol=.02) and not torch.equal(whole, whole[[1, 0, 2]])
+def test_hazards_of_a_softmax_are_a_risk():  # as of discrete-time models: the sum is 1 but for rounding
+    torch.manual_seed(0); p = (torch.randn(2000, 6)*6).softmax(1).cumsum(1)[:, :5]
+    assert (p > 1).any() and (check_cumulative(p) <= 1).all() and torch.allclose(check_cumulative(p), p, rtol=0, atol=1e-6)
+def test_the_answer_can_be_differentiated():  # away from roundings it is the sigmoid
+    z = torch.tensor([[-1., 0, 2]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cumulative_risk, z)
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
 def test_half_precision_adds_up_in_32_bits(dtype):
     m = CumulativeProbabilityLayer(16).to(dtype)
@@ -278,12 +292,20 @@ def test_a_missing_view_has_no_curve_of_its_own(prepared):
     count = t.groupby('output').size()
     assert count['risk_mlo_year_1'] == (rows.index % 2 == 0).sum() < count['risk_cc_year_1'] == count['risk_year_1'] == len(rows)
 
+class Plain(BaseRiskModel):
+    "One layer, and nothing that keeps its logits from falling"
+    def __init__(self): super().__init__(); self.net = nn.Linear(1, 5); nn.init.zeros_(self.net.weight); self.net.bias.data.copy_(torch.tensor([0., 1, 2, 1, 3]))
+    def forward(self, batch): return dict(risk_multi=self.net(batch['current_image_cc'].mean((1, 2, 3))[:, None]))
+
+class Rising(Plain):
+    "Its answer never falls, whatever is trained"
+    def get_primary_risk_head(self, outputs): return outputs['risk_multi'].sigmoid().cummax(1).values
+
+def risk_learn(prepared, model): return quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), model, recipe=None))
+def tiny(kind): return kind('small', stride=8)
+
 def test_a_model_needs_nothing_but_the_contract(prepared):
-    class Own(BaseRiskModel):
-        def __init__(self): super().__init__(); self.net = nn.Linear(1, 5)
-        def forward(self, batch): return dict(risk_multi=self.net(batch['current_image_cc'].mean((1, 2, 3))[:, None]))
-        def get_primary_risk_head(self, outputs): return outputs['risk_multi'].sigmoid().cummax(1).values
-    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Own(), recipe=None))
+    learn = risk_learn(prepared, Rising())
     learn.fit(1)
     assert len(predict(learn, prepared, split='test'))
 
@@ -291,21 +313,45 @@ class Mean(CurrentExamRisk):
     "The answer is the mean of two heads"
     def get_primary_risk_head(self, outputs): return (outputs['risk_multi'].sigmoid() + outputs['risk_cc'].sigmoid())/2
 
-class Side(Mean):
+class Side(CurrentExamRisk):
     "Only the head of one view falls"
     def forward(self, batch): o = super().forward(batch); return o | dict(risk_mlo=o['risk_mlo'] - torch.arange(5.))
 
-def test_a_view_whose_risk_falls_is_refused_too(prepared):
-    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Side('small', stride=8), recipe=None))
-    with pytest.raises(InputError, match='never falls'): learn.fit(1)
-
 class Further(CurrentExamRisk):
-    "A head of its own beside those of the views"
-    def forward(self, batch): o = super().forward(batch); return o | dict(risk_own=-torch.arange(5.)*o['risk_cc'].new_ones(len(o['risk_cc']), 1))
+    "Heads of its own beside those of the views: one is trained, one is not"
+    def forward(self, batch): o = super().forward(batch); return o | dict(risk_own=o['risk_cc'] - torch.arange(5.), risk_score=o['risk_cc'][:, 0])
+    def get_risk_heads(self, outputs, batch): return super().get_risk_heads({k: v for k, v in outputs.items() if k != 'risk_score'}, batch)
 
-def test_a_further_head_that_falls_is_refused_too(prepared):
-    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Further('small', stride=8), recipe=None))
-    with pytest.raises(InputError, match='never falls'): learn.fit(1)
+class Sum(CurrentExamRisk):
+    def get_primary_risk_head(self, outputs): return 2*(2+outputs['risk_multi']).sigmoid()
+class Year(CurrentExamRisk):
+    def get_primary_risk_head(self, outputs): return outputs['risk_multi'][:, -1].sigmoid()
+class One(CurrentExamRisk):
+    def get_primary_risk_head(self, outputs): return super().get_primary_risk_head(outputs)[:1]
+class Bare(Plain):
+    def get_primary_risk_head(self, outputs): return outputs['risk_multi'].sigmoid()
+
+@pytest.mark.parametrize('model, says', ((lambda: tiny(Side), 'risk_mlo of Side: row 0: .*never falls'), (lambda: tiny(One), r'of One: shape: found \[1, 5\]'), (lambda: tiny(Sum), 'of Sum: row 0: .*from 0 to 1'), (lambda: tiny(Year), r'of Year: shape: found \[4\], expected \[4, 5\]'), (Bare, 'of Bare: row 0: .*never falls')))
+def test_what_no_table_can_be_made_of_is_refused_before_the_first_step(prepared, model, says):
+    torch.manual_seed(0); learn = risk_learn(prepared, model())
+    before = [o.clone() for o in learn.model.parameters()]
+    with pytest.raises(InputError, match=says): learn.fit(1)
+    assert all(map(torch.equal, before, learn.model.parameters()))
+    with pytest.raises(InputError, match=says): predict(learn, prepared, split='test', bs=4)
+
+def test_what_is_not_said_is_the_models_own_affair(prepared):
+    learn = risk_learn(prepared, tiny(Further))
+    learn.fit(1)
+    assert not predict(learn, prepared, split='test').output.str.contains('own|score').any()
+
+def test_a_missing_view_has_no_curve_though_the_model_is_silent(prepared):
+    class Silent(CurrentExamRisk):
+        def forward(self, batch): o = super().forward(batch); del o['present']; return o
+        def get_risk_heads(self, outputs, batch): return {k: (outputs[f'risk_{k}'], batch['target'], batch['y_mask']) for k in ('multi', 'cc', 'mlo')}
+    rows = breast_history(prepared.cohort, current='last')
+    rows['image_id_mlo'] = rows.image_id_mlo.where(rows.index % 2 == 0)
+    t = predict(tiny(Silent), prepared, rows=rows)
+    assert (t.output == 'risk_mlo_year_1').sum() == (rows.index % 2 == 0).sum()
 
 def test_the_curve_of_a_missing_view_is_nobodys():
     z = torch.zeros(2, 5); falls = z - torch.arange(5.)
@@ -315,17 +361,12 @@ def test_the_curve_of_a_missing_view_is_nobodys():
     with pytest.raises(InputError, match='row 1'): RiskObjective(DensityRisk())(out | dict(present=torch.ones(2, 2)), y)
 
 def test_an_answer_of_several_heads_is_for_predict(prepared):
-    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Mean('small', stride=8), recipe=None))
-    with pytest.raises(InputError, match="Mean: found it reads 'risk_cc'"): learn.get_preds()
+    learn = risk_learn(prepared, tiny(Mean))
+    with pytest.raises(InputError, match="it reads 'risk_cc'"): learn.get_preds()
     assert len(predict(learn, prepared, split='test'))
 
-class Falling(BaseRiskModel):
-    "Logits with nothing that keeps them from falling"
-    def __init__(self): super().__init__(); self.net = nn.Linear(1, 5); nn.init.zeros_(self.net.weight); self.net.bias.data.copy_(torch.tensor([0., 1, 2, 1, 3]))
-    def forward(self, batch): return dict(risk_multi=self.net(batch['current_image_cc'].mean((1, 2, 3))[:, None]))
-
 def test_a_model_whose_risk_falls_is_refused_at_its_first_batch(prepared):
-    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Falling(), recipe=None))
+    learn = risk_learn(prepared, Plain())
     before = [o.clone() for o in learn.model.parameters()]
     with pytest.raises(InputError, match='row 0: found .*never falls'): learn.fit(1)
     assert all(map(torch.equal, before, learn.model.parameters()))

@@ -31,18 +31,27 @@ from ..losses.survival import RiskLoss
 from ..metrics.predictions import predictions_table
 from ..metrics.survival import c_index
 from ..models.lmvnet import LMVNet
-from ..models.risk import BaseRiskModel, CumulativeProbabilityLayer, DensityRisk, cumulative_risk
+from ..models.risk import BaseRiskModel, CumulativeProbabilityLayer, DensityRisk, check_cumulative, cumulative_risk
 
 # %% ../../nbs/learners/15_risk.ipynb #a2835956
-def _answers(model, outputs, there=None):
-    "Probabilities of the answer and of every other head; NaN where the view of a head is missing (`there` [B,2])"
-    heads = {k: v for k, v in outputs.items() if k.startswith('risk_') and k != 'risk_multi'}
-    for k, v in enumerate(('risk_cc', 'risk_mlo')):
-        if v in heads and there is not None: heads[v] = heads[v].masked_fill(there[:, k:k+1] <= 0, float('nan'))
-    return dict(risk_multi=model.get_primary_risk_head(outputs)) | {k: cumulative_risk(v) for k, v in heads.items()}
+def _answer(model, outputs):
+    "What a model says `[B,Y]`; refuses what is no cumulative risk"
+    p, who, shape = model.get_primary_risk_head(outputs), f'get_primary_risk_head of {type(model).__name__}', [len(outputs['risk_multi']), model.years]
+    if list(p.shape) != shape: raise InputError(who, 'shape', list(p.shape), f'{shape}, breasts and model.years')
+    return check_cumulative(p, who)
 
+def _curves(model, outputs, there=None):
+    "All that goes into a table of predictions: the answer, and that of each view alone; NaN where the view is missing (`there` [B,2])"
+    out = dict(risk=_answer(model, outputs))
+    for k, v in enumerate(('risk_cc', 'risk_mlo')):
+        if v not in outputs: continue
+        z = outputs[v] if there is None else outputs[v].masked_fill(there[:, k:k+1] <= 0, float('nan'))
+        out[v] = cumulative_risk(z, f'{v} of {type(model).__name__}')
+    return out
+
+# %% ../../nbs/learners/15_risk.ipynb #557c4c52
 class RiskObjective:
-    "The loss of a risk model: its heads, weighed. Heads whose curves fall are an `InputError`, most often at the first batch"
+    "The loss of a risk model: its heads, weighed. A risk that falls is an `InputError`, most often at the first batch"
     asked = False
     def __init__(self,
         model:BaseRiskModel, # says what is trained
@@ -54,22 +63,25 @@ class RiskObjective:
         outputs:dict, # of the model
         targets:dict # of the batch
     )->Tensor: # scalar, or [B]
-        if not self.asked: # what no answer can be made of should not wait for the validation after an epoch
-            with torch.no_grad(): _answers(self.model, outputs, outputs.get('present'))
+        loss = self.loss(self.model.get_risk_heads(outputs, targets), self.reduction)
+        if not self.asked: # what no table can be made of should not wait for the validation after an epoch
+            with torch.no_grad(): _curves(self.model, outputs, outputs.get('present'))
             self.asked = True
-        return self.loss(self.model.get_risk_heads(outputs, targets), self.reduction)
+        return loss
 
     def activation(self, logits):
-        try: return self.model.get_primary_risk_head(dict(risk_multi=logits))
+        try: return _answer(self.model, dict(risk_multi=logits))
         except KeyError as e: raise InputError('get_preds', f'get_primary_risk_head of {type(self.model).__name__}', f'it reads {e}', 'an answer from risk_multi alone; `predict` hands it every output') from e
+
     def decodes(self, probabilities): return probabilities
 
+# %% ../../nbs/learners/15_risk.ipynb #42303903
 class RiskCIndex(Metric):
     "Uno's C-index of the validation set, in whole years, named `c_index`"
     def __init__(self): self.reset()
     def reset(self): self.risk, self.time, self.event = [], [], []
     def accumulate(self, learn):
-        y, risk = learn.named_output.named_targ, _bare(learn.model).get_primary_risk_head(learn.named_output.named)
+        y, risk = learn.named_output.named_targ, _answer(_bare(learn.model), learn.named_output.named)
         for kept, o in ((self.risk, risk), (self.time, y['event_times']+1), (self.event, y['event_observed'])): kept.append(learn.to_detach(o))  # of several processes: what all of them have
 
     @property
@@ -176,7 +188,7 @@ def _batches(model, ds, bs, progress):
             x = {k: torch.stack([o[k] for o in xs]).to(device) for k in xs[0]}
             with torch.no_grad(): pred = model(x)
             views = torch.stack([x[f'present_current_{v}'] for v in ('cc', 'mlo')], 1)
-            d = {k: v.cpu() for k, v in _answers(model, pred, views).items()}
+            d = {k: v.cpu() for k, v in _curves(model, pred, views).items()}
             there = [pred[f'prior_weight_{v}'] > 0 for v in ('cc', 'mlo') if f'prior_weight_{v}' in pred]
             d['priors_used'] = (there[0] | there[1]).sum(1).cpu() if there else torch.zeros(len(xs))
             d['views_used'] = views.sum(1).cpu()
@@ -186,8 +198,7 @@ def _batches(model, ds, bs, progress):
 
 def _named(out):
     "Columns of the outputs as outputs of the table"
-    names = dict(risk_multi='risk_year', risk_cc='risk_cc_year', risk_mlo='risk_mlo_year')
-    flat = {f'{names[k]}_{y+1}': v[:, y] for k, v in out.items() if k in names for y in range(v.shape[1])}
+    flat = {f'{k}_year_{y+1}': v[:, y] for k, v in out.items() if k.startswith('risk') for y in range(v.shape[1])}
     return flat | {k: out[k] for k in ('views_used', 'priors_used')}
 
 # %% ../../nbs/learners/15_risk.ipynb #f7e09e0a
