@@ -326,12 +326,18 @@ class Sum(CurrentExamRisk):
     def get_primary_risk_head(self, outputs): return 2*(2+outputs['risk_multi']).sigmoid()
 class Year(CurrentExamRisk):
     def get_primary_risk_head(self, outputs): return outputs['risk_multi'][:, -1].sigmoid()
+def beside(change):
+    "A head of a view that is not trained, of another shape"
+    class Beside(CurrentExamRisk):
+        def forward(self, batch): o = super().forward(batch); return o | dict(risk_cc=change(o['risk_cc']))
+        def get_risk_heads(self, outputs, batch): return dict(multi=super().get_risk_heads(outputs, batch)['multi'])
+    return lambda: tiny(Beside)
 class One(CurrentExamRisk):
     def get_primary_risk_head(self, outputs): return super().get_primary_risk_head(outputs)[:1]
 class Bare(Plain):
     def get_primary_risk_head(self, outputs): return outputs['risk_multi'].sigmoid()
 
-@pytest.mark.parametrize('model, says', ((lambda: tiny(Side), 'risk_mlo of Side: row 0: .*never falls'), (lambda: tiny(One), r'of One: shape: found \[1, 5\]'), (lambda: tiny(Sum), 'of Sum: row 0: .*from 0 to 1'), (lambda: tiny(Year), r'of Year: shape: found \[4\], expected \[4, 5\]'), (Bare, 'of Bare: row 0: .*never falls')))
+@pytest.mark.parametrize('model, says', ((lambda: tiny(Side), 'risk_mlo of Side: row 0: .*never falls'), (lambda: tiny(One), r'of One: shape: found \[1, 5\]'), *((beside(f), r'risk_cc of Beside: shape: .*\[4, 5\], breasts') for f in (lambda z: z[:1], lambda z: z[:, :3], lambda z: z[:, -1])), (lambda: tiny(Sum), 'of Sum: row 0: .*from 0 to 1'), (lambda: tiny(Year), r'of Year: shape: found \[4\], expected \[4, 5\]'), (Bare, 'of Bare: row 0: .*never falls')))
 def test_what_no_table_can_be_made_of_is_refused_before_the_first_step(prepared, model, says):
     torch.manual_seed(0); learn = risk_learn(prepared, model())
     before = [o.clone() for o in learn.model.parameters()]
@@ -364,6 +370,19 @@ def test_an_answer_of_several_heads_is_for_predict(prepared):
     learn = risk_learn(prepared, tiny(Mean))
     with pytest.raises(InputError, match="it reads 'risk_cc'"): learn.get_preds()
     assert len(predict(learn, prepared, split='test'))
+
+def test_get_preds_and_validate_refuse_it_too(prepared):
+    learn = risk_learn(prepared, Bare())
+    with pytest.raises(InputError, match='of Bare: row 0'): learn.get_preds()
+    learn.loss_func.asked = True
+    with pytest.raises(InputError, match='of Bare: row 0'): learn.validate()
+
+def test_an_answer_without_risk_multi_is_predicted(prepared):
+    class Views(CurrentExamRisk):
+        def forward(self, batch): o = super().forward(batch); del o['risk_multi']; return o | dict(prior_weight_mlo=torch.tensor([[1., 0, 2]]).expand(len(o['risk_cc']), -1))
+        def get_primary_risk_head(self, outputs): return cumulative_risk(outputs['risk_cc'])
+    t = predict(tiny(Views), prepared, split='test')
+    assert (t.value[t.output == 'priors_used'] == 2).all() and (t.output == 'risk_year_1').any()
 
 def test_a_model_whose_risk_falls_is_refused_at_its_first_batch(prepared):
     learn = risk_learn(prepared, Plain())

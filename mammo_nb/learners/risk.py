@@ -34,18 +34,22 @@ from ..models.lmvnet import LMVNet
 from ..models.risk import BaseRiskModel, CumulativeProbabilityLayer, DensityRisk, check_cumulative, cumulative_risk
 
 # %% ../../nbs/learners/15_risk.ipynb #a2835956
-def _answer(model, outputs):
-    "What a model says `[B,Y]`; refuses what is no cumulative risk"
-    p, who, shape = model.get_primary_risk_head(outputs), f'get_primary_risk_head of {type(model).__name__}', [len(outputs['risk_multi']), model.years]
-    if list(p.shape) != shape: raise InputError(who, 'shape', list(p.shape), f'{shape}, breasts and model.years')
-    return check_cumulative(p, who)
+def _shaped(z, n, model, what):
+    if list(z.shape) != [n, model.years]: raise InputError(f'{what} of {type(model).__name__}', 'shape', list(z.shape), f'{[n, model.years]}, breasts and model.years')
+    return z
 
-def _curves(model, outputs, there=None):
-    "All that goes into a table of predictions: the answer, and that of each view alone; NaN where the view is missing (`there` [B,2])"
-    out = dict(risk=_answer(model, outputs))
+def _answer(model, outputs, n):
+    "What a model says of `n` breasts `[n,Y]`; refuses what is no cumulative risk"
+    p = _shaped(model.get_primary_risk_head(outputs), n, model, 'get_primary_risk_head')
+    return check_cumulative(p, f'get_primary_risk_head of {type(model).__name__}')
+
+def _curves(model, outputs, n, there=None):
+    "All that goes into a table of predictions: the answer, and that of each view alone; NaN where the view is missing (`there` [n,2])"
+    out = dict(risk=_answer(model, outputs, n))
     for k, v in enumerate(('risk_cc', 'risk_mlo')):
         if v not in outputs: continue
-        z = outputs[v] if there is None else outputs[v].masked_fill(there[:, k:k+1] <= 0, float('nan'))
+        z = _shaped(outputs[v], n, model, v)
+        if there is not None: z = z.masked_fill(there[:, k:k+1] <= 0, float('nan'))
         out[v] = cumulative_risk(z, f'{v} of {type(model).__name__}')
     return out
 
@@ -65,12 +69,12 @@ class RiskObjective:
     )->Tensor: # scalar, or [B]
         loss = self.loss(self.model.get_risk_heads(outputs, targets), self.reduction)
         if not self.asked: # what no table can be made of should not wait for the validation after an epoch
-            with torch.no_grad(): _curves(self.model, outputs, outputs.get('present'))
+            with torch.no_grad(): _curves(self.model, outputs, len(targets['target']), outputs.get('present'))
             self.asked = True
         return loss
 
     def activation(self, logits):
-        try: return _answer(self.model, dict(risk_multi=logits))
+        try: return _answer(self.model, dict(risk_multi=logits), len(logits))
         except KeyError as e: raise InputError('get_preds', f'get_primary_risk_head of {type(self.model).__name__}', f'it reads {e}', 'an answer from risk_multi alone; `predict` hands it every output') from e
 
     def decodes(self, probabilities): return probabilities
@@ -81,7 +85,8 @@ class RiskCIndex(Metric):
     def __init__(self): self.reset()
     def reset(self): self.risk, self.time, self.event = [], [], []
     def accumulate(self, learn):
-        y, risk = learn.named_output.named_targ, _answer(_bare(learn.model), learn.named_output.named)
+        y = learn.named_output.named_targ
+        risk = _answer(_bare(learn.model), learn.named_output.named, len(y['event_times']))
         for kept, o in ((self.risk, risk), (self.time, y['event_times']+1), (self.event, y['event_observed'])): kept.append(learn.to_detach(o))  # of several processes: what all of them have
 
     @property
@@ -188,9 +193,9 @@ def _batches(model, ds, bs, progress):
             x = {k: torch.stack([o[k] for o in xs]).to(device) for k in xs[0]}
             with torch.no_grad(): pred = model(x)
             views = torch.stack([x[f'present_current_{v}'] for v in ('cc', 'mlo')], 1)
-            d = {k: v.cpu() for k, v in _curves(model, pred, views).items()}
+            d = {k: v.cpu() for k, v in _curves(model, pred, len(xs), views).items()}
             there = [pred[f'prior_weight_{v}'] > 0 for v in ('cc', 'mlo') if f'prior_weight_{v}' in pred]
-            d['priors_used'] = (there[0] | there[1]).sum(1).cpu() if there else torch.zeros(len(xs))
+            d['priors_used'] = torch.stack(there).any(0).sum(1).cpu() if there else torch.zeros(len(xs))
             d['views_used'] = views.sum(1).cpu()
             out.append(d)
     finally: model.train(was)
