@@ -210,6 +210,15 @@ def test_gaze_on_pictures_whose_table_knows_the_spacing(tmp_path):
     near = [torch.corrcoef(torch.stack([maps['png'][k].flatten(), g.flatten()]))[0, 1] for k, g in maps['dicom'].items() if g is not None]
     assert min(near) > .95  # the two kinds of file are cropped by a pixel more or less
 
+def test_one_reading_for_two_pictures(prepared):
+    "A log that cannot tell two pictures apart would teach one by the other's gaze"
+    was = prepared.cohort.images.gaze_path.copy(); two = prepared.cohort.images.index[:2]
+    try:
+        read_gaze(prepared.cohort.file(was[two[0]])).to_csv(prepared.cohort.root/'one.csv', index=False)
+        prepared.cohort.images.loc[two, 'gaze_path'] = 'one.csv'
+        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell pictures apart'): TwoViewDataset(prepared, breasts(prepared.cohort), gaze=True)
+    finally: prepared.cohort.images['gaze_path'] = was
+
 def test_a_window_that_was_not_told(prepared, tmp_path):
     "Gaze that keeps to the upper left of every picture was recorded on smaller ones"
     images = prepared.cohort.images.copy(); was = prepared.cohort.images.gaze_path.copy()

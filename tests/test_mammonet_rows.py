@@ -49,6 +49,20 @@ def test_silent_pictures_are_left_out_where_both_should_speak():
     a, b = [(GOOD, found([.5]*12), GOOD)], [(GOOD, found([.1]*11+[.9], silent=[0.]*11+[1.]), GOOD)]
     assert bench.estimate(a, 'attention_both_speak', b).value == pytest.approx(.4) and bench.estimate(a, 'attention_in_lesion', b).value < .4
 
+def test_patients_are_trained_on_or_tested_on_and_more_tests_change_no_training():
+    few, many = (bench.chosen(40, k, 3).images for k in (100, 160))
+    for t in (few, many): assert (t.split.eq('test') == (t.patient_index >= 40)).all() and not set(t.patient_id[t.split == 'test']) & set(t.patient_id[t.split != 'test'])
+    assert set(few.split) == {'train', 'valid', 'test'} and few.patient_index.max() < 100 <= many.patient_index.max() < 160
+    assert few[few.split != 'test'].equals(many[many.split != 'test']) and set(few.image_id) < set(many.image_id)
+
+def test_each_training_by_itself():
+    rows = {}
+    class Rows:
+        def add(self, variant, metric, value, *_, **__): rows[variant, metric] = value
+    low, high = found([.1]*12), found([.5]*12)
+    bench.training_by_training(Rows(), 'd', [(GOOD, high, GOOD), (HALF, low, GOOD)], [[(BAD, low, GOOD)], [(HALF, low, GOOD), (BAD, high, GOOD)]])
+    assert rows == {('d, training 0', 'auc'): 1, ('d, training 1', 'auc'): pytest.approx(.75-.375), ('d, training 0', 'attention_in_lesion'): pytest.approx(.4), ('d, training 1', 'attention_in_lesion'): pytest.approx(-.2)}
+
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
     d = tmp_path_factory.mktemp('rows')

@@ -93,13 +93,13 @@ class TwoViewDataset:
         keep = ids.notna().any(axis=1).to_numpy()
         self.rows, self.ids = rows[keep].reset_index(drop=True), ids[keep].to_numpy(dtype=object)
         store_attr('prepared,gaze,gaze_stride,gaze_sigma,gaze_slices,gaze_shown_rows,gaze_hz,split_idx')
-        self.size, self.kept, self.gazes, self.reach = tuple(prepared.config.size), {}, {}, {}
+        self.size, self.kept, self.gazes, self.reach, self.read = tuple(prepared.config.size), {}, {}, {}, {}
         used = [i for i in self.ids.ravel() if isinstance(i, str)]
         if in_memory is True or (in_memory == 'auto' and 4*np.prod(self.size)*len(used) <= 2**30): self.kept = {i:self.image(i) for i in used}
         if gaze:  # drawn here, once, so that no worker and no epoch does it again and a bad file is told at once
             of = prepared.cohort.images.set_index('image_id').loc[used].dropna(subset='gaze_path')
             self.gazes = {i:self.draw_gaze(i, p, path) for i,p,path in zip(of.index, of.gaze_path, of.path)}
-            self.check_reach()
+            self.check_reach(); self.read = {}
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'TwoViewDataset: {len(self)} breasts, {int((self.rows.label == 1).sum())} with cancer, {self.size[0]} x {self.size[1]}' + (f', gaze on {sum(g is not None for g in self.gazes.values())} of {int(pd.notna(self.ids).sum())} pictures' if self.gaze else '')
@@ -134,7 +134,10 @@ def draw_gaze(self:TwoViewDataset,
     pic = self.prepared.load(image_id)
     try: g = read_gaze(self.prepared.cohort.file(gaze_path), self.gaze_hz, shown_rows=self.gaze_shown_rows, shape=pic.stored_shape, image=(image_id, path))
     except NotInLog: return None  # the reader did not come to this picture
-    if len(g): self.reach[image_id] = float((g[['row', 'col']].max()/np.array(pic.stored_shape)).max())
+    if len(g):
+        other = self.read.setdefault((gaze_path, hash(g.to_numpy().tobytes())), image_id)
+        if other != image_id: raise InputError(gaze_path, 'reading', f'one, for {other} and for {image_id}', 'a log in which names, or folders, tell pictures apart')
+        self.reach[image_id] = float((g[['row', 'col']].max()/np.array(pic.stored_shape)).max())
     if callable(self.gaze): g = self.gaze(image_id, g)
     if g is None: return None
     if not pic.spacing_mm: raise InputError(image_id, 'pixel spacing', pic.spacing_mm, 'a spacing: the width of the gaze blur is in mm')

@@ -116,7 +116,7 @@ def localization_ci(
     **kwargs # go to `bootstrap_ci` or `paired_difference`
 )->Estimate: # mean over pictures, interval over patients
     "A localisation metric with its interval"
-    def one(t): return t.rename(columns={check_in(metric, ('attention_in_lesion', 'pointing_game', 'iou', 'coverage_auc', 'silent'), 'localization_ci', 'metric'): 'value'})[['patient_id', 'image_id', 'value']].sort_values('image_id', ignore_index=True)
+    def one(t): return t.rename(columns={check_in(metric, ('attention_in_lesion', 'pointing_game', 'iou', 'coverage_auc', 'silent', 'chance'), 'localization_ci', 'metric'): 'value'})[['patient_id', 'image_id', 'value']].sort_values('image_id', ignore_index=True)
     def many(ts): return [one(t) for t in (ts if isinstance(ts, (list, tuple)) else [ts])]
     f = dict(metric=_mean, columns=('value',)) | kwargs
     return bootstrap_ci(many(tables), **f) if other is None else paired_difference(many(tables), many(other), **f)
