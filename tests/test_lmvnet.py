@@ -373,8 +373,8 @@ def test_an_answer_of_several_heads_is_for_predict(prepared):
 
 def test_get_preds_and_validate_refuse_it_too(prepared):
     learn = risk_learn(prepared, Bare())
-    with pytest.raises(InputError, match='of Bare: row 0'): learn.get_preds()
     learn.loss_func.asked = True
+    with pytest.raises(InputError, match='of Bare: row 0'): learn.get_preds()
     with pytest.raises(InputError, match='of Bare: row 0'): learn.validate()
 
 def test_an_answer_without_risk_multi_is_predicted(prepared):

@@ -60,8 +60,8 @@ def test_each_training_by_itself():
     class Rows:
         def add(self, variant, metric, value, *_, **__): rows[variant, metric] = value
     low, high = found([.1]*12), found([.5]*12)
-    bench.training_by_training(Rows(), 'd', [(GOOD, high, GOOD), (HALF, low, GOOD)], [[(BAD, low, GOOD)], [(HALF, low, GOOD), (BAD, high, GOOD)]])
-    assert rows == {('d, training 0', 'auc'): 1, ('d, training 1', 'auc'): pytest.approx(.75-.375), ('d, training 0', 'attention_in_lesion'): pytest.approx(.4), ('d, training 1', 'attention_in_lesion'): pytest.approx(-.2)}
+    bench.training_by_training(Rows(), 'd', [3, 5], [(GOOD, high, GOOD), (HALF, low, GOOD)], [[(BAD, low, GOOD)], [(HALF, low, GOOD), (BAD, high, GOOD)]])
+    assert rows == {('d, training 3', 'auc'): 1, ('d, training 5', 'auc'): pytest.approx(.75-.375), ('d, training 3', 'attention_in_lesion'): pytest.approx(.4), ('d, training 5', 'attention_in_lesion'): pytest.approx(-.2)}
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):

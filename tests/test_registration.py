@@ -5,7 +5,7 @@ from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.insilico import Settings, render
 from mammo_nb.models.lmvnet import LongitudinalFeatureProcessor
 from mammo_nb.registration.flow import folding_percent, jacobian_determinant, pixel_grid, resize_flow, warp
-from mammo_nb.registration.mammoregnet import MammoRegNet, Refined, RegistrationLoss, SitkRegistration, ncc
+from mammo_nb.registration.mammoregnet import MammoRegNet, Refined, RegistrationLoss, SitkRegistration, average_flow, box_mean_of, ncc, ncc_with, refine
 
 H, W = 40, 56  # never square
 
@@ -102,3 +102,31 @@ def test_one_signature_for_all():
     for f in (SitkRegistration('affine', steps=5), Refined(MammoRegNet(width=2, depth=1), steps=1)):
         out = f(a, b)
         assert out['flow'].shape == (1, 2, H, W) and torch.allclose(out['warped'], warp(b, out['flow']))
+
+def test_averages_of_half_precision_do_not_overflow():
+    flow = torch.full((1, 2, 40, 40), 100., dtype=torch.float16)
+    assert average_flow(flow, 33).dtype == torch.float16 and torch.equal(average_flow(flow, 33), flow)
+
+@pytest.mark.parametrize('side', (1, 3, 5, 7, 15, 33))
+def test_means_of_neighbourhoods(side):
+    "As average pooling, its gradient too, also where the window is larger than the picture"
+    x = torch.rand(2, 3, 20, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(side), requires_grad=True)
+    ours, theirs = box_mean_of((20, 13), side)(x), torch.nn.functional.avg_pool2d(x, side, 1, side//2, count_include_pad=False)
+    weight = torch.rand(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (a,), (b,) = (torch.autograd.grad((o*weight).sum(), x) for o in (ours, theirs))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12) and torch.allclose(a, b, rtol=0, atol=1e-12)
+
+def test_local_correlation_is_that_of_numpy():
+    "Window by window, at the border too"
+    a, b, want = picture(1), picture(2), []
+    for r in range(a.shape[2]):
+        for c in range(a.shape[3]):
+            u, v = (o[0, 0, max(r-2, 0):r+3, max(c-2, 0):c+3].numpy().ravel().astype(float) for o in (a, b))
+            want.append((u.var() > 1e-5 or v.var() > 1e-5, np.corrcoef(u, v)[0, 1] if min(u.var(), v.var()) > 1e-5 else 0.))
+    want = np.array(want)
+    assert float(ncc(a, b, 5)) == pytest.approx(want[:, 1].sum()/want[:, 0].sum(), abs=1e-3)
+    assert torch.equal(ncc_with(a, 5)(b), ncc(a, b, 5))
+
+def test_a_fixed_picture_with_a_gradient_can_be_refined_on():
+    a, b = picture(1).requires_grad_(), picture(2)
+    assert refine(torch.zeros(1, 2, *a.shape[2:]), a, b, steps=2, loss=RegistrationLoss(.05, 0., window=5)).isfinite().all()

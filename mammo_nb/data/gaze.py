@@ -26,12 +26,9 @@ def _lines_of(lines, image, path):
     given = [image] if isinstance(image, (str, Path)) else list(image)
     mine = [l for l in lines if _stem(l[1][0]) in set(map(_stem, given))]
     if not mine: raise NotInLog(path, 'image', ' or '.join(map(str, given)), f'one of the pictures of the log: {", ".join(sorted({_stem(l[1][0]) for l in lines})[:5])}')
-    names, folders = sorted({l[1][0] for l in mine}), {PureWindowsPath(str(g)).parent.name for g in given}-{''}
-    if len(names) > 1 and folders:
-        mine = [l for l in mine if PureWindowsPath(l[1][0]).parent.name in folders]
-        if not mine: raise NotInLog(path, 'image', ' or '.join(map(str, given)), f'one of the pictures of the log: {", ".join(names[:3])}')
-        names = sorted({l[1][0] for l in mine})
-    if len(names) > 1: raise InputError(path, 'image', ' or '.join(map(str, given)), f'a name that tells {" from ".join(names[:3])}')
+    if len({l[1][0] for l in mine}) > 1: mine = [l for l in mine if PureWindowsPath(l[1][0]).parent.name in {PureWindowsPath(str(g)).parent.name for g in given}] or mine
+    names = sorted({l[1][0] for l in mine})
+    if len(names) > 1: raise InputError(path, 'image', ' or '.join(map(str, given)), f'a name that tells {" from ".join(names[:3])}, or no gaze_path for a picture that was not read')
     return mine
 
 def _point(p):

@@ -41,6 +41,7 @@ def box_mean_of(
     device=None # of the pictures
 ): # function of pictures [B,C,H,W] -> [B,C,H,W]; at the border, the mean of what lies on the picture
     "Means over the neighbourhoods of each pixel, for pictures of one size"
+    if side % 2 == 0: raise InputError('box_mean_of', 'side', side, 'an odd number')
     rows, cols = ((i+side//2+1).clamp(max=len(i))-(i-side//2).clamp(min=0) for i in (torch.arange(n, device=device) for n in size))
     count = rows[:, None]*cols
     return lambda x: _BoxSum.apply(x, side)/count
@@ -51,7 +52,7 @@ def ncc_with(
     window:int|None=None # odd number of pixels: in the neighbourhood of each pixel; `None`: of the whole picture
 ): # function of pictures `b` [B,1,H,W] -> [B], see `ncc`
     "Normalised cross-correlation with pictures whose own means are taken once"
-    if window is not None and check_range(window, 3, None, 'ncc', 'window', whole=True) % 2 == 0: raise InputError('ncc', 'window', window, 'an odd number')
+    if window is not None: check_range(window, 3, None, 'ncc', 'window', whole=True)
     box = (lambda x: x.mean((2, 3), keepdim=True)) if window is None else box_mean_of(a.shape[2:], window, a.device)
     mean, a = lambda *x: box(torch.cat(x, 1)).split(1, 1), a.float()
     ma, aa = mean(a, a*a)
@@ -61,7 +62,7 @@ def ncc_with(
         b = b.float()
         mb, bb, ab = mean(b, b*b, a*b)
         vb = bb-mb*mb; in_b = vb > 1e-5
-        r = (ab-ma*mb)*(va*vb.clamp(min=1e-5)).rsqrt()*(in_a & in_b)
+        r = torch.where(in_a & in_b, (ab-ma*mb)*(va*vb.clamp(min=1e-5)).rsqrt(), 0.)
         return r.sum((1, 2, 3))/(in_a | in_b).sum((1, 2, 3)).clamp(min=1)
     return match
 
@@ -227,8 +228,9 @@ def average_flow(
 )->Tensor: # [B,2,H,W]
     "Mean of a flow over a square around each pixel; beyond the border the flow goes on as it ends"
     if check_range(side, 1, None, 'average_flow', 'side', whole=True) % 2 == 0: raise InputError('average_flow', 'side', side, 'an odd number')
-    padded = F.pad(flow, (side//2,)*4, mode='replicate')
-    return _sliding_sum(_sliding_sum(padded, 2, side), 3, side)/side**2
+    wide = flow.to(torch.promote_types(flow.dtype, torch.float32))  # a sum of a thousand halves is no half
+    padded = F.pad(wide, (side//2,)*4, mode='replicate')
+    return (_sliding_sum(_sliding_sum(padded, 2, side), 3, side)/side**2).to(flow.dtype)
 
 def refine(
     flow:Tensor, # [B,2,H,W], from a network
@@ -236,7 +238,7 @@ def refine(
     moving:Tensor, # [B,1,H,W]
     steps:int=40, # of Adam
     lr:float=.4, # pixels a step, at most
-    loss:RegistrationLoss|None=None, # `None`: `RegistrationLoss(smooth=.05)`
+    loss:RegistrationLoss|None=None, # its `against`; `None`: `RegistrationLoss(smooth=.05)`
     stride:int=16, # pixels a cell of the grid on which the correction lives
     average:int=1, # side of the square over which the flow is averaged first, pixels
     shrink:int=1 # work on pictures so many times smaller
@@ -248,7 +250,7 @@ def refine(
     start = resize_flow(average_flow(flow.detach(), average), small)
     more = torch.zeros(len(flow), 2, *(max(2, -(-n//stride)) for n in full), device=flow.device, requires_grad=True)
     opt = torch.optim.Adam([more], lr*(more.shape[2]-1)/(full[0]-1), fused=more.device.type in ('cpu', 'cuda'))  # in cells of the coarse grid
-    match = loss.against(fixed)
+    match = loss.against(fixed.detach())
     with torch.enable_grad():
         for _ in range(steps):
             f = start + resize_flow(more, small)
