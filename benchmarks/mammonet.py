@@ -40,6 +40,7 @@ from benchmarks._common import Bench, ROOT, cores, options, tag
 from fastai.callback.core import Callback
 from mammo_nb.core.seeding import rng_for, seed_everything
 from mammo_nb.data.cache import prepare_cohort
+from mammo_nb.data.cohort import breasts
 from mammo_nb.data.gaze import disturb_gaze, find_fixations
 from mammo_nb.data.insilico import Settings, insilico_cohort, settings_name, write_insilico
 from mammo_nb.data.prepare import PrepareConfig
@@ -81,6 +82,11 @@ def worse(kind, level, cohort, seed):
         return disturb_gaze(looks, rng_for(seed, kind, image_id), **{kind: level/r.pixel_spacing_mm})
     return change
 
+def with_lesions(prepared):
+    "The test breasts that have a malignant lesion in a picture: where a map can be right or wrong"
+    rows, ids = breasts(prepared.cohort), set(prepared.cohort.findings.query('pathology == "malignant"').image_id)
+    return rows[(rows.split == 'test') & (rows.image_id_cc.isin(ids) | rows.image_id_mlo.isin(ids))]
+
 class LastWeights(Callback):
     "Keeps the weights of the end of training, before those of the best epoch are put back"
     order = KeepBest.order-1
@@ -99,7 +105,7 @@ def trained(row, seed, prepared, epochs, folder, spoiled=None):
     learn = mammonet_learner(dls, row if row in VARIANTS else 'cross_view_gaze', 'small', TRAIN['stride'], seed=seed, model_args=NET, loss_args=dict(explain='truth') if row == 'explain_truth' else None, cbs=[LastWeights()], fusion_weight=TRAIN['fusion_weight'], scan_weight=TRAIN['scan_weight'], gaze_weight=spoiled[1] if heavy else TRAIN['gaze_weight'])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, TRAIN['lr'])
     asked = lambda: one_output(predict(learn, prepared, split='test'), output='probability')
-    out = [asked(), localization_table(attention_maps(learn, prepared, split='test'), prepared)]
+    out = [asked(), localization_table(attention_maps(learn, prepared, rows=with_lesions(prepared)), prepared)]
     learn.model.load_state_dict(learn.last_weights.state); out.append(asked())
     folder.mkdir(parents=True, exist_ok=True)
     for p, t in zip(paths, out): t.to_parquet(p.with_suffix('.part')); p.with_suffix('.part').replace(p)
@@ -108,7 +114,7 @@ def trained(row, seed, prepared, epochs, folder, spoiled=None):
 
 def folder_of(base, epochs):
     "Where trainings of these settings and of this code are kept"
-    recipe = tag(SIZE, NET, TRAIN, epochs, PER_DEGREE, inspect.getsource(worse), inspect.getsource(trained), inspect.getsource(LastWeights))
+    recipe = tag(SIZE, NET, TRAIN, epochs, PER_DEGREE, inspect.getsource(worse), inspect.getsource(trained), inspect.getsource(LastWeights), inspect.getsource(with_lesions))
     return base/f'mammonet_{recipe}_{code_hash("mammo_nb.learners.mammonet", "mammo_nb.metrics.localization", "mammo_nb.data.cache")[:12]}'
 
 def mean_of_views(cc, mlo):
@@ -146,6 +152,7 @@ def training_by_training(bench, name, seeds, a, b):
 def main():
     a = options(__doc__, patients=1400, test_of=5000, epochs=7, train_seeds=[0, 1, 2])
     name = settings_name(Settings(seed=a.seed, exams=1, shortcut=True))
+    if a.test_of <= a.patients: raise SystemExit(f'mammonet: --test-of {a.test_of}, more than --patients {a.patients} wanted')
     config = dict(cohort=name, patients=a.patients, test_of=a.test_of, size=SIZE, epochs=a.epochs, net=NET, train=TRAIN)
     bench = Bench('mammonet', a.seed, config, f'about {round(a.patients/1000*(4+1.2*a.epochs*len(a.train_seeds))+a.test_of/1000*2)} minutes on 2 cores, most of it to train {len(ROWS)*len(a.train_seeds)} models', train_seeds=a.train_seeds)
     if bench.done(f'half_gaze - half_gain, training {a.train_seeds[-1]}', 'attention_in_lesion'): return print('  all rows are there already, for this commit and these settings')

@@ -1,4 +1,5 @@
 "Mammo-Net's benchmark: what its rows are made of, on tables that can be counted by hand."
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 import mammo_nb.core.fastai_import
 from benchmarks import mammonet as bench
@@ -67,6 +68,14 @@ def test_each_training_by_itself():
 def prepared(tmp_path_factory):
     d = tmp_path_factory.mktemp('rows')
     return prepare_cohort(write_insilico(insilico_cohort(12, seed=4, exams=1), d/'files', progress=False), d/'cache', PrepareConfig(size=(96, 72)), progress=False)
+
+def test_no_lesion_is_left_out_and_no_healthy_breast_is_asked():
+    cohort = insilico_cohort(120, seed=4, exams=1)
+    some = bench.with_lesions(SimpleNamespace(cohort=cohort))
+    ill = set(cohort.findings.image_id[cohort.findings.pathology == 'malignant'])
+    tested = set(cohort.images.image_id[cohort.images.split == 'test'])
+    pairs = [set(p) for p in some[['image_id_cc', 'image_id_mlo']].to_numpy()]
+    assert ill & tested and ill & tested <= set.union(*pairs) <= tested and all(p & ill for p in pairs)
 
 def test_gaze_goes_missing_by_patient(prepared):
     ds = TwoViewDataset(prepared, breasts(prepared.cohort), gaze=bench.worse('missing', .5, prepared.cohort, 0))
