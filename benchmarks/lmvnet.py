@@ -10,7 +10,7 @@ trainings vary). The recipe was chosen on data seed 1000, which no row of the re
 at all is because the one before (stride 8, a shorter training) had been measured on seed 0, where the aligned prior gained nothing.
 
 Test patients cost much less than trainings: those among the patients from 1200 to 5000, beside 60 and 15 % of the first 1200 to train
-and validate on. Up to commit c726d01 the test patients were those of the first 1200, and five runs of this recipe, which differ by
+and validate on. Up to commit c726d01 the test patients were those of the first 1200, and the five runs of this recipe in the results, which differ by
 rounding and by small changes of the code, put `lmvnet_no_prior - current_exam` between -.004 [-.024, .017] and .021 [-.000, .043]: too few
 to say that it is not worse by .02. None of them is tested on now.
 
@@ -152,7 +152,7 @@ def main():
     prepared, base = in_silico(a.patients, a.seed)
     pictures = pictures_of(prepared, unseen(a.patients, a.test_of, a.seed))
     code = code_hash('mammo_nb.learners.risk', 'mammo_nb.learners.registration', 'mammo_nb.data.cache')[:12]
-    folder = base/f'risk_{tag(SIZE, SAMPLES, LMV, RATE, NET, LOSS, ADAM, REFINE, a.first_epochs, a.epochs, a.registration_epochs, a.test_of, *map(inspect.getsource, (train, said, ask, align, unseen, pictures_of, loaders, model_of)))}_{code}'; folder.mkdir(parents=True, exist_ok=True)
+    folder = base/f'risk_{tag(SIZE, SAMPLES, LMV, RATE, NET, LOSS, ADAM, REFINE, a.first_epochs, a.epochs, a.registration_epochs, a.test_of, *map(inspect.getsource, (trained_registration, train, said, ask, align, unseen, pictures_of, loaders, model_of)))}_{code}'; folder.mkdir(parents=True, exist_ok=True)
     epochs = dict(current_exam=a.first_epochs, density=a.first_epochs, lmvnet=a.epochs, unaligned=a.epochs)
     # those that begin from another's encoder, or need the flows, stand behind these in the queue and wait for their files
     jobs = [('current_exam', s) for s in a.train_seeds] + [(k, s) for s in a.train_seeds for k in ('unaligned', 'lmvnet', 'density')]

@@ -15,7 +15,7 @@ The optimiser is fastai's Adam with fastai's constants (`ADAM`), not those of th
 each pair, on a coarse grid and pictures of half the size (`Refined`).
 The trained network is kept below `.cache/`, so a stopped run goes on where it was.
 """
-import sys
+import inspect, sys
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -46,7 +46,7 @@ def in_silico(patients, seed):
 
 def trained(prepared, base, epochs, seed=0):
     "The registration network of a cohort; trained once, for this benchmark and that of LMV-Net"
-    folder = base/f'registration_{tag(SIZE, NET, LOSS, ADAM, epochs, seed)}_{code_hash("mammo_nb.learners.registration", "mammo_nb.registration.mammoregnet")[:12]}'
+    folder = base/f'registration_{tag(SIZE, NET, LOSS, ADAM, epochs, seed, inspect.getsource(trained))}_{code_hash("mammo_nb.learners.registration", "mammo_nb.registration.mammoregnet")[:12]}'
     path = folder/'mammoregnet.pt'
     net = MammoRegNet(**NET)
     if path.exists(): net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)); return net.eval()
