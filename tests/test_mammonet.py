@@ -130,6 +130,18 @@ def test_cross_view_attention_of_nothing_is_the_norm(project):
     nothing = a.norm(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (6, 5))
     assert torch.allclose(a(x, torch.zeros_like(y)), nothing, atol=1e-6)
 
+@pytest.mark.parametrize('pool', [1, 2])
+def test_weights_of_what_is_taken_home_sum_to_one(pool):
+    "In `forward` itself, where they are never written down: keys differ from cell to cell, values are one constant, so every cell takes home that constant"
+    seed_everything(0); a = CrossViewAttention(12, 3, 4, project_values=True, source_pool=pool).eval()
+    with torch.no_grad(): a.q.weight *= 5; a.v.weight[:, 1:] = 0  # sharp, and values read channel 0 only
+    x, y = torch.randn(2, 12, 6, 5), torch.randn(2, 12, 7, 5)
+    y[:, 0] = 3.
+    w = a.attention_to(x, y, 3)
+    assert w.amax((2, 3)).min() > 1.5*w.mean((2, 3)).max()  # far from even
+    home = a.norm(x.flatten(2).transpose(1, 2) + a.out.weight @ a.v.weight[:, 0]*3).transpose(1, 2).unflatten(2, (6, 5))
+    assert torch.allclose(a(x, y), home, atol=1e-5)
+
 @pytest.mark.parametrize('backbone, stride', [('resnet18', 32), ('tf_efficientnet_lite0', 32), ('small', 8)])
 def test_gradient_of_the_attention_map_reaches_the_first_layer(backbone, stride):
     seed_everything(0); net = MammoNet(backbone, stride=stride).train()
