@@ -1,7 +1,8 @@
 """What do a second view, fusion learning and a reader's gaze add? On in-silico patients with a shortcut: `make bench NAME=mammonet SEED=0`.
 
 Draws `insilico-v1` with one exam and `shortcut=True` for the data seed (any): in *training* patients a tape mark gives the label
-away in nine of ten breasts; in validation and test patients it is on every second breast, whatever the label. Trains every row of
+away in nine of ten pictures (each for itself: two views of a breast give it away more surely than one); in validation and test patients it is
+on every second picture, whatever the label. Trains every row of
 Table 1 of Mammo-Net, the scan path, and Mammo-Net with the gaze of half of the training patients, by one recipe with three training
 seeds each. AUC and accuracy (at 0.5) of the breasts, attention in the lesion and pointing game of the pictures with a malignant
 lesion, of the test patients; averaged over the training seeds, intervals from a bootstrap over patients: they hold what patients vary, not what trainings vary. For

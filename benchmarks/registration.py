@@ -22,6 +22,7 @@ import numpy as np
 import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._common import Bench, ROOT, cores, options, tag
+from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.cache import prepare_cohort
 from mammo_nb.data.insilico import Settings, insilico_cohort, settings_name, write_insilico
 from mammo_nb.data.pairs import PairDataset, exam_pairs, pair_dls
@@ -48,7 +49,7 @@ def trained(prepared, base, epochs, seed=0):
     "The registration network of a cohort; trained once, for this benchmark and that of LMV-Net"
     folder = base/f'registration_{tag(SIZE, NET, LOSS, ADAM, epochs, seed, inspect.getsource(trained))}_{code_hash("mammo_nb.learners.registration", "mammo_nb.registration.mammoregnet")[:12]}'
     path = folder/'mammoregnet.pt'
-    net = MammoRegNet(**NET)
+    seed_everything(seed); net = MammoRegNet(**NET)
     if path.exists(): net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)); return net.eval()
     dls = pair_dls(prepared, bs=8, seed=seed, known=False)
     learn = registration_learner(dls, net, **LOSS, opt_func=partial(Adam, **ADAM), seed=seed, folder=folder)

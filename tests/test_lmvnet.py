@@ -31,6 +31,30 @@ def batch(b=2, size=(64, 48), seed=0):
     g = torch.Generator().manual_seed(seed)
     return {f'{w}_image_{v}': torch.rand(b, 1, *size, generator=g) for v in ('cc', 'mlo') for w in ('current', 'previous')} | dict(time_gap=torch.rand(b, 1, generator=g)*4+.5)
 
+# what training takes away
+
+def small_net(**kwargs): seed_everything(0); return LMVNet('small', None, 8, heads=2, width=4, **kwargs)
+def present(rows): return {f'present_current_{v}': torch.tensor([float(r[i]) for r in rows]) for i, v in enumerate(('cc', 'mlo'))}
+
+def test_priors_are_taken_away_in_training_only():
+    m, b = small_net(prior_dropout=1.), batch(4)
+    for training, weight in ((True, 0.), (False, 1.)):
+        out = m.train(training)(b)
+        assert all((out[f'prior_weight_{v}'] == weight).all() for v in ('cc', 'mlo'))
+
+def test_how_often_priors_go():  # 4000 draws: a standard deviation of .006
+    m, b = small_net(prior_dropout=.2).train(), batch(4000, (1, 1))
+    cc, mlo = m.presence(b)[1]
+    assert abs(cc.mean() - .8) < .025 and torch.equal(cc, mlo)  # a breast loses that of both views
+
+def test_one_view_goes_and_the_only_one_stays():
+    there = [(1, 1)]*60 + [(1, 0), (0, 1)]*20
+    m, b = small_net(view_dropout=1., prior_dropout=0.), batch(100, (1, 1)) | present([(1, 1)]*60 + [(1, 0), (0, 1)]*20)
+    now, past = m.train().presence(b)
+    assert (now.sum(0) == 1).all() and torch.equal(now.T[60:], torch.tensor(there[60:]).float())
+    assert 15 < now[0, :60].sum() < 45 and torch.equal(past[..., 0], now)  # either view; a view that is gone has no prior
+    assert torch.equal(m.eval().presence(b)[0].T, torch.tensor(there).float())
+
 # the cumulative layer
 
 def layer(hazards=(1, 2, 3, 4, 5), base=0.):

@@ -8,7 +8,8 @@ from mammo_nb.core.errors import InputError
 from mammo_nb.data.follow_up import survival_target
 from mammo_nb.losses.survival import RiskLoss, masked_bce
 from mammo_nb.metrics.bootstrap import bootstrap_ci
-from mammo_nb.metrics.survival import auc_by_year, auc_cumulative, brier_by_year, c_index, evaluate_risk, expected_over_observed, followed_before, plot_risk_calibration, survival_curve, survival_truth
+from mammo_nb.metrics.predictions import predictions_table
+from mammo_nb.metrics.survival import auc_by_year, auc_cumulative, brier_by_year, c_index, evaluate_risk, expected_over_observed, followed_before, plot_risk_calibration, risk_table, survival_curve, survival_truth
 
 def women(n=400, seed=0, noise=.7, censored=True):
     "Times, events and a noisy risk of n women; `sksurv` takes them as a structured array"
@@ -247,3 +248,13 @@ def test_a_group_that_nobody_is_followed_in_has_no_point():
     import matplotlib; matplotlib.use('Agg')
     t = cut_at_five(); low = t.risk_year_5 <= t.risk_year_5.quantile(.2); t.loc[low, 'time'] = t.time[low].clip(upper=3.)
     assert len(plot_risk_calibration(t, 5, n_boot=20).containers) == 4 and len(plot_risk_calibration(t, 3, n_boot=20).containers) == 5
+
+
+def test_predictions_without_a_breast_are_told_apart_from_breasts_without_follow_up(capsys):
+    rows = pd.DataFrame(dict(patient_id=['a', 'b', 'c'], exam_id=['1', '2', '3'], laterality='L', split='test', label=np.nan, years_to_cancer=[2., np.nan, np.nan], years_followed=[5., 4., np.nan]))
+    said = predictions_table(rows, np.array([.3, .2, .1]), 's', 'risk_year_1', 'm')
+    assert risk_table(said, rows).patient_id.tolist() == ['a', 'b'] and '1 of 3 breasts have neither' in capsys.readouterr().out
+    assert risk_table(said, rows[1:]).patient_id.tolist() == ['b']
+    out = capsys.readouterr().out
+    assert '1 of 3 predicted breasts have no row' in out and '1 of 2 breasts have neither' in out
+    with pytest.raises(InputError, match='none of the 3 breasts that were predicted'): risk_table(said, rows.assign(exam_id=['4', '5', '6']))

@@ -256,6 +256,8 @@ def write_fixations(
     "A table of fixations, as `read_gaze` reads it"
     fixations[['row', 'col', 'duration_ms']].to_csv(path, index=False)
 
+_TABLE = 'row, col, duration_ms (of the recording of a screen read_tobii, to_image, find_fixations and write_fixations make such a table)'
+
 def read_gaze(
     path:str|Path, # MicEye log, or a table with row, col, duration_ms
     hz:float=60., # points a second of a MicEye log
@@ -266,15 +268,16 @@ def read_gaze(
     "The gaze of a picture"
     try:
         with open(path, encoding='utf-8-sig') as f: first = f.readline()
-        if first.count(';') < 4: t = pd.read_csv(path)
-    except (OSError, ValueError) as e: raise InputError(path, 'fixations', f'{type(e).__name__}: {e}', 'a MicEye log, or a table with a header') from e
-    if first.count(';') >= 4:
+        log = first.count(';') >= 4 and ';[' in first.replace(' ', '')
+        if not log: t = pd.read_csv(path)
+    except (OSError, ValueError) as e: raise InputError(path, 'fixations', f'{type(e).__name__}: {e}', f'a MicEye log, or a table of {_TABLE}') from e
+    if log:
         readings = read_miceye(path, image)
         if image is None and len(names := sorted({_stem(r['image']) for r in readings})) > 1: raise InputError(path, 'image', 'None', f'one of the {len(names)} pictures of the log: {", ".join(names[:5])}')
         p = pd.concat([miceye_samples(r, hz, shown_rows, shape) for r in readings], ignore_index=True).dropna()
         return pd.DataFrame(dict(row=p.row, col=p.col, duration_ms=1000/hz)).reset_index(drop=True)
     want = ['row', 'col', 'duration_ms']
-    if not set(want) <= set(t): raise InputError(path, 'columns', ', '.join(map(str, t)), ', '.join(want))
+    if not set(want) <= set(t): raise InputError(path, 'columns', ', '.join(map(str, t)), _TABLE)
     bad = t[want].apply(pd.to_numeric, errors='coerce')
     if len(t) and (bad.duration_ms < 0).any() or (bad.isna() & t[want].notna()).any().any(): raise InputError(path, 'values', 'texts or negative durations', 'numbers, durations of 0 or more')
     return bad

@@ -52,7 +52,7 @@ def mammonet_learner(
     fusion_weight:float=.2, # mu, in variants with fusion learning
     scan_weight:float=.1, # of the order of the looks, in `mammonet_scanpath`
     class_weight:str|float|None='balanced', # weight of a cancer: `balanced`, a number, or `None`: 1
-    model:nn.Module|None=None, # your own `MammoNet`, instead of the three above
+    model:nn.Module|None=None, # your own `MammoNet`; `backbone`, `stride` and `pretrained` are then its own affair
     model_args:dict|None=None, # further arguments of `MammoNet`
     loss_args:dict|None=None, # further arguments of `MammoNetLoss`
     seed:int|None=None, # of weights and training; `None`: the global generators as they are
@@ -74,7 +74,7 @@ def mammonet_learner(
     if model is None: model = MammoNet(backbone, v.get('views', VIEW_NAMES), stride=stride, pretrained=pretrained, fusion=bool(mu), slices=dls.train_ds.gaze_slices if scan else 0, **(model_args or {}))
     model = model.to(memory_format=torch.channels_last)
     model.description = dict(training=getattr(dls, 'description', None), variant=variant)
-    loss = MammoNetLoss(lam, mu, scan, _class_weight(class_weight, dls.train_ds.rows.label.to_numpy()), **(loss_args or {})).to(dls.device)
+    loss = MammoNetLoss(lam, mu, scan, _class_weight(class_weight, dls.train_ds.rows.label.to_numpy(), 'mammonet_learner'), **(loss_args or {})).to(dls.device)
     best = [KeepBest('auc')] if keep_best and metrics is None else []
     return Learner(dls, model, loss, lr=lr, metrics=auc_metric() if metrics is None else metrics, cbs=[NamedOutput(), *best, *(cbs or [])], **kwargs)
 
@@ -90,7 +90,7 @@ def attention_maps(
     model = getattr(model, 'model', model)
     rows = breasts(check_prepared(prepared, 'attention_maps').cohort) if rows is None else rows
     if split is not None: rows = rows[rows.split == check_in(split, ('train', 'valid', 'test'), 'attention_maps', 'split')]
-    _same_preparing(model, prepared)
+    _same_preparing(model, prepared, 'attention_maps')
     ds, was, device, out = TwoViewDataset(prepared, rows, in_memory=False), model.training, next(model.parameters()).device, {}
     model.eval()
     try:

@@ -85,7 +85,7 @@ def registration_learner(
     fold:float=100., # weight of folding
     inverse:float=0., # weight of the inverse consistency; needs `MammoRegNet(inverse=True)`
     folder=None, # of the checkpoint, see `Resumable`; `None`: none
-    seed:int|None=None, # of weights and training; `None`: the global generators as they are
+    seed:int|None=None, # of training, and of the weights of a `model` that is not given; `None`: the global generators as they are
     lr:float=1e-4, # default learning rate
     wd:float=1e-6, # weight decay
     metrics=None, # `None`: correlation, folding, and where the flow is known the error in mm

@@ -141,9 +141,9 @@ class Remember(Callback):
 def risk_learner(
     dls:DataLoaders, # from `risk_dls`
     model:BaseRiskModel, # any risk model
-    recipe:str|None='paper', # `paper`: warm-up, plateaus, early stopping as in the source; `None`: none of them
+    recipe:str|None='paper', # `paper`: warm-up, plateaus, early stopping as in the source; `None`: none of them, and fastai's constants of Adam
     warmup:int=5000, # batches, with `recipe='paper'`
-    encoder_rate:float|None=None, # rate of the encoder by that of the rest; `None`: .1 for an encoder with pretrained weights, 1 for a new one
+    encoder_rate:float|None=None, # rate of the encoder by that of the rest; `None`: .1 for an encoder of `make_encoder` with pretrained weights, 1 for any other (say it for a trained module of your own)
     head_weights:dict|None=None, # see `RiskLoss`
     folder=None, # of the checkpoint, see `Resumable`; `None`: none
     known:dict|None=None, # what else the checkpoint is known by, see `Resumable`

@@ -59,10 +59,10 @@ class TwoViewLoss(nn.Module):
     def decodes(self, probability): return probability
 
 # %% ../../nbs/learners/05_two_view.ipynb #72bcbfd9
-def _class_weight(class_weight, labels):
+def _class_weight(class_weight, labels, where='two_view_learner'):
     if class_weight is None: return 1.
     if class_weight == 'balanced': return float((labels == 0).sum()/(labels == 1).sum())
-    return check_range(class_weight, 1e-6, None, 'two_view_learner', 'class_weight')
+    return check_range(class_weight, 1e-6, None, where, 'class_weight')
 
 def _start_at(model, prevalence):
     bias = model.head.evidence.bias
@@ -142,12 +142,12 @@ def predict(
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/learners/05_two_view.ipynb #60d5cb99
-def _same_preparing(model, prepared):
+def _same_preparing(model, prepared, where='predict'):
     want = ((getattr(model, 'description', None) or {}).get('training') or {}).get('prepare')
     have = json.loads(prepared.config.text)
     if want is None: return
     differ = [k for k in want if want[k] != have.get(k)]
-    if differ: raise InputError('predict', f'prepared pictures, {differ[0]}', have.get(differ[0]), f'{want[differ[0]]}, as in training')
+    if differ: raise InputError(where, f'prepared pictures, {differ[0]}', have.get(differ[0]), f'{want[differ[0]]}, as in training')
 
 # %% ../../nbs/learners/05_two_view.ipynb #1576cce7
 _FORMAT, SYSTEMS = 1, dict(two_view=TwoViewNet, mammonet=MammoNet)

@@ -36,7 +36,11 @@ def risk_table(
     if not years: raise InputError('risk_table', 'output', ', '.join(t['output'].unique()), 'risk_year_1, risk_year_2, ...')
     t = wide(t[t['output'].isin(years)]).drop(columns=['label', 'split'], errors='ignore')
     truth = survival_truth(breasts).drop(columns=['label'], errors='ignore')
-    out = t.merge(truth, on=list(BREAST_KEY), how='left', validate='many_to_one')
+    out = t.merge(truth, on=list(BREAST_KEY), how='left', validate='many_to_one', indicator=True)
+    strange = out.pop('_merge') == 'left_only'
+    if strange.all(): raise InputError('risk_table', 'breasts', f'none of the {len(out)} breasts that were predicted, such as {tuple(out[list(BREAST_KEY)].iloc[0])}', 'their rows: the same ' + ', '.join(BREAST_KEY))
+    if strange.any() and not quiet: print(f'{strange.sum()} of {len(out)} predicted breasts have no row in the table of breasts and are left out')
+    out = out[~strange]
     if split is not None: out = out[out['split'] == check_in(split, ('train', 'valid', 'test'), 'risk_table', 'split')]
     lost = out.time.isna() | out.event.isna() | ((out.event == 0) & (out.time <= 0))
     if lost.any() and not quiet: print(f'{lost.sum()} of {len(out)} breasts have neither a cancer nor any follow-up after this exam and are left out' + (' (earlier exams have some: breast_history(cohort), all exams)' if lost.mean() > .5 else ''))

@@ -74,8 +74,8 @@ class MammoNet(nn.Module):
     ):
         super().__init__()
         if not views or len(set(views)) != len(views): raise InputError('MammoNet', 'views', repr(views), 'one or both of cc, mlo, each once')
-        self.views, self.create_graph, self.slices = tuple(check_in(v, ('cc', 'mlo'), 'MammoNet', 'views') for v in views), create_graph, check_range(slices, 0, 100, 'MammoNet', 'slices', whole=True)
-        self.config = dict(backbone=backbone, views=list(views), attention=attention, stride=stride, shared=shared, heads=heads, head_dim=head_dim, source_pool=source_pool, dropout=dropout, embed=embed, hidden=hidden, pool=pool, fusion=fusion, slices=slices, create_graph=create_graph, **kwargs)
+        self.views, self.create_graph, self.slices = tuple(sorted(check_in(v, ('cc', 'mlo'), 'MammoNet', 'views') for v in views)), create_graph, check_range(slices, 0, 100, 'MammoNet', 'slices', whole=True)
+        self.config = dict(backbone=backbone, views=list(self.views), attention=attention, stride=stride, shared=shared, heads=heads, head_dim=head_dim, source_pool=source_pool, dropout=dropout, embed=embed, hidden=hidden, pool=pool, fusion=fusion, slices=slices, create_graph=create_graph, **kwargs)
         halves = [make_encoder(backbone, stride, pretrained, **kwargs) for _ in range(1 if shared else len(views))]
         self.stride, self.shift, channels = halves[0].stride, halves[0].shift, halves[0].channels
         first, last, between = zip(*(e.split() for e in halves))

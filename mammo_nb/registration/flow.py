@@ -121,7 +121,7 @@ def invert(
         last, v = v, -warp(flow, v, padding='border')
         moved = float((v-last).abs().max())
         if moved < tolerance: return v
-    raise InputError('invert', 'flow', f'still moving by {moved:.2f} pixels after {steps} steps', 'a flow whose derivatives stay below 1')
+    raise InputError('invert', 'flow', f'still moving by {moved:.2f} pixels after {steps} steps', 'a flow whose Jacobian has a norm below 1 everywhere')
 
 # %% ../../nbs/registration/01_flow.ipynb #96c3e519
 def target_registration_error(

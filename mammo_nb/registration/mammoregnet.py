@@ -259,7 +259,7 @@ def refine(
 
 # %% ../../nbs/registration/05_mammoregnet.ipynb #f1863afe
 class Refined(nn.Module):
-    "A registration, then a few steps of descent on each pair"
+    "A registration, then a few steps of descent on each pair; the defaults are for pictures of about 0.9 mm a pixel"
     def __init__(self,
         registration:nn.Module, # gives the first flow
         steps:int=10, # of `refine`

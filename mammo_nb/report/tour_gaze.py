@@ -87,7 +87,7 @@ def attention_pairs(
 def taught_by_gaze(tour, s): # the tour and the empty section to fill
     "Mammo-Net with and without gaze"
     prepared, said, maps = gaze_answers(tour)
-    s.text(f'{prepared.cohort!r}. In training patients a tape mark gives nine of ten labels away; later it says nothing. Two networks, alike in all but one thing: one is told in training where a reader looked. Neither sees gaze when it is asked.')
+    s.text(f'{prepared.cohort!r}. In training patients a tape mark, on nine of ten pictures of a breast with a cancer and one of ten without, gives the label away; later it says nothing. Two networks, alike in all but one thing: one is told in training where a reader looked. Neither sees gaze when it is asked.')
     s.figure(attention_pairs(prepared, maps), 'What spoke for cancer, in test patients with one. Cyan: the lesion, which neither network has been shown.')
     found = {v: localization_table(m, prepared) for v, m in maps.items()}
     rows = []
