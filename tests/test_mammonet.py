@@ -173,6 +173,14 @@ def test_views_are_exchanged_before_either_changes(shared):
     with torch.no_grad(): (f, g), (h, i) = (net.features(dict(image_cc=x, image_mlo=y))[0] for x, y in ((a, b), (b, a)))
     assert torch.allclose(f, i, atol=1e-5) and torch.allclose(g, h, atol=1e-5) and not torch.allclose(f, g, atol=1e-3)
 
+def test_the_order_in_which_views_are_named_changes_nothing():
+    x = {f'image_{v}': torch.rand(2, 1, 64, 48, generator=torch.Generator().manual_seed(i)) for i, v in enumerate(('cc', 'mlo'))}
+    def answer(views):
+        seed_everything(0); net = MammoNet('small', views, stride=8, width=8, heads=2, head_dim=8).eval()
+        with torch.no_grad(): return net.config, net(x)
+    (c, a), (d, b) = answer(('cc', 'mlo')), answer(['mlo', 'cc'])
+    assert c == d and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in ('logit', 'fused', 'cam_cc', 'cam_mlo'))
+
 def test_the_gaze_term_survives_half_precision():
     "At the first scale of a gradient scaler, with activation maps as small as those of large pictures"
     for unit in (1., 1e-4, 1e-7):
@@ -193,6 +201,7 @@ def test_losses_of_single_breasts_and_the_wrapper_of_several_gpus(prepared):
     learn = mammonet_learner(dls, 'mammonet', **SMALL, seed=0)
     with learn.no_bar(), learn.no_logging():
         each = learn.get_preds(with_loss=True)[2]; assert each.shape == (len(dls.valid_ds),) and each.isfinite().all()
+        assert np.isclose(each.mean(), learn.validate()[0], rtol=1e-5)
         learn.to_parallel(); learn.fit(1)  # ends with the weights of the best epoch, without the wrapper
     assert learn.keep_best.epoch_of_best == 0 and not isinstance(learn.model, nn.DataParallel)
 

@@ -267,7 +267,7 @@ def read_gaze(
 )->pd.DataFrame: # row, col, duration_ms, in order of time; all readings of the picture, one after the other
     "The gaze of a picture"
     try:
-        with open(path, encoding='utf-8-sig') as f: first = f.readline()
+        with open(path, encoding='utf-8-sig') as f: first = next((l for l in f if l.strip()), '')  # as `read_miceye` and pandas: blank lines do not count
         log = first.count(';') >= 4 and ';[' in first.replace(' ', '')
         if not log: t = pd.read_csv(path)
     except (OSError, ValueError) as e: raise InputError(path, 'fixations', f'{type(e).__name__}: {e}', f'a MicEye log, or a table of {_TABLE}') from e
