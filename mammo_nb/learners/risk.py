@@ -179,6 +179,7 @@ def lmvnet_learner(
 )->Learner: # ready for `fit` or `fit_one_cycle`
     "A fastai learner for LMV-Net"
     if seed is not None: seed_everything(seed)
+    if registration is None and dls.train_ds.flows is None and dls.train_ds.priors: print('lmvnet_learner: no registration, and no flows in the loaders: priors are taken as they lie, as by UnalignedRisk')
     model = LMVNet(encoder, registration, stride, dls.train_ds.years, pretrained=pretrained, **(model_args or {}))
     return risk_learner(dls, model, known=dict(seed=seed) | (known or {}), **kwargs)
 
