@@ -1,6 +1,6 @@
 "Mammo-Net: what the notebooks show badly (two processes, files that vanish), and each check of its specification."
 import math, multiprocessing as mp
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.nn import functional as F
 import mammo_nb.core.fastai_import
@@ -238,14 +238,29 @@ def test_one_reading_for_two_pictures(prepared):
         read_gaze(prepared.cohort.file(was[two[0]])).to_csv(prepared.cohort.root/'one.csv', index=False)
         prepared.cohort.images.loc[two, 'gaze_path'] = 'one.csv'
         with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell pictures apart'): TwoViewDataset(prepared, breasts(prepared.cohort), gaze=True)
+        prepared.cohort.images['gaze_path'] = was; split = prepared.cohort.images.split  # also where one is learned from and the other watched
+        prepared.cohort.images.loc[[split.eq(k).idxmax() for k in ('train', 'valid')], 'gaze_path'] = 'one.csv'
+        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell pictures apart'): two_view_dls(prepared, bs=4, gaze=True)
+    finally: prepared.cohort.images['gaze_path'] = was
+
+def test_two_readers_of_a_picture(prepared):
+    "Each reading is cut into its own parts: the same reading twice teaches the same order as once"
+    was, image = prepared.cohort.images.gaze_path.copy(), prepared.cohort.images.iloc[0].image_id
+    g = read_gaze(prepared.cohort.file(was.iloc[0])); part = lambda: TwoViewDataset(prepared, breasts(prepared.cohort), gaze=True, gaze_slices=3).gazes[image]
+    try:
+        once = part(); both = pd.concat([g, g.assign(reading=1)]); both.to_csv(prepared.cohort.root/'both.csv', index=False)
+        prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = 'both.csv'
+        assert torch.allclose(part(), once, atol=1e-5) and (once[0]-once[2]).abs().max() > .05
+        both.drop(columns='reading').to_csv(prepared.cohort.root/'both.csv', index=False); assert not torch.allclose(part(), once, atol=.05)
     finally: prepared.cohort.images['gaze_path'] = was
 
 def test_a_window_that_was_not_told(prepared, tmp_path):
     "Gaze that keeps to the upper left of every picture was recorded on smaller ones"
     images = prepared.cohort.images.copy(); was = prepared.cohort.images.gaze_path.copy()
     try:
-        for r in images.dropna(subset='gaze_path').itertuples():
+        for k, r in enumerate(images.dropna(subset='gaze_path').itertuples()):
             g = read_gaze(prepared.cohort.file(r.gaze_path)); name = f'small_{r.image_id}.csv'
+            if k == 0: g = g.assign(row=np.nan, col=np.nan)  # says nothing of the window
             g.assign(row=g.row*.3, col=g.col*.3).to_csv(prepared.cohort.root/name, index=False); prepared.cohort.images.loc[r.Index, 'gaze_path'] = name
         with pytest.raises(ValueError, match='gaze_shown_rows: found None, and no look at any of'): TwoViewDataset(prepared, breasts(prepared.cohort), gaze=True)
     finally: prepared.cohort.images['gaze_path'] = was

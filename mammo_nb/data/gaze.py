@@ -251,20 +251,20 @@ def draw_scanpath(
 # %% ../../nbs/data/19_gaze.ipynb #7b922178
 def write_fixations(
     path:str|Path, # `.csv`
-    fixations:pd.DataFrame # row, col, duration_ms
+    fixations:pd.DataFrame # row, col, duration_ms, and reading where there are several
 ): # nothing
     "A table of fixations, as `read_gaze` reads it"
-    fixations[['row', 'col', 'duration_ms']].to_csv(path, index=False)
+    fixations[['row', 'col', 'duration_ms'] + ['reading']*('reading' in fixations)].to_csv(path, index=False)
 
 _TABLE = 'row, col, duration_ms (of the recording of a screen read_tobii, to_image, find_fixations and write_fixations make such a table)'
 
 def read_gaze(
-    path:str|Path, # MicEye log, or a table with row, col, duration_ms
+    path:str|Path, # MicEye log, or a table with row, col, duration_ms, and a column reading where there are several
     hz:float=60., # points a second of a MicEye log
     shown_rows:int|None=None, # of a MicEye log, see `miceye_samples`
     shape:tuple|None=None, # of a MicEye log, see `miceye_samples`
     image=None # name or path of the picture (or several names of it), for logs of several, see `read_miceye`
-)->pd.DataFrame: # row, col, duration_ms, in order of time; all readings of the picture, one after the other
+)->pd.DataFrame: # row, col, duration_ms, in order of time; all readings of the picture, one after the other: reading 0, 1, ...
     "The gaze of a picture"
     try:
         with open(path, encoding='utf-8-sig') as f: first = next((l for l in f if l.strip()), '')  # as `read_miceye` and pandas: blank lines do not count
@@ -274,13 +274,13 @@ def read_gaze(
     if log:
         readings = read_miceye(path, image)
         if image is None and len(names := sorted({_stem(r['image']) for r in readings})) > 1: raise InputError(path, 'image', 'None', f'one of the {len(names)} pictures of the log: {", ".join(names[:5])}')
-        p = pd.concat([miceye_samples(r, hz, shown_rows, shape) for r in readings], ignore_index=True).dropna()
-        return pd.DataFrame(dict(row=p.row, col=p.col, duration_ms=1000/hz)).reset_index(drop=True)
+        p = pd.concat([miceye_samples(r, hz, shown_rows, shape).assign(reading=k) for k, r in enumerate(readings)], ignore_index=True).dropna()
+        return pd.DataFrame(dict(row=p.row, col=p.col, duration_ms=1000/hz, reading=p.reading)).reset_index(drop=True)
     want = ['row', 'col', 'duration_ms']
     if not set(want) <= set(t): raise InputError(path, 'columns', ', '.join(map(str, t)), _TABLE)
     bad = t[want].apply(pd.to_numeric, errors='coerce')
     if len(t) and (bad.duration_ms < 0).any() or (bad.isna() & t[want].notna()).any().any(): raise InputError(path, 'values', 'texts or negative durations', 'numbers, durations of 0 or more')
-    return bad
+    return bad.assign(reading=pd.factorize(t.reading)[0] if 'reading' in t else 0)
 
 # %% ../../nbs/data/19_gaze.ipynb #e40dd782
 def _sigma(px, mm, spacing, deg, per_degree):
@@ -301,6 +301,12 @@ def _splat(rc, w, shape):
     return m[1:-1, 1:-1]
 
 # %% ../../nbs/data/19_gaze.ipynb #06de5b4b
+def _part(w, of, slices):
+    "Which of the parts of equal dwell of its own reading a place falls into"
+    when = np.zeros(len(w), int)
+    for i in (of == k for k in np.unique(of)): when[i] = np.minimum(((w[i].cumsum()-w[i]/2)/max(w[i].sum(), 1e-12)*slices).astype(int), slices-1)
+    return when
+
 def gaze_to_heatmap(
     points, # [N,2] `(row, col)`, pixels; NaN and places off the picture are dropped
     durations=None, # [N] dwell, any unit, 0 or more; `None`: all the same
@@ -311,7 +317,8 @@ def gaze_to_heatmap(
     pixel_spacing_mm:float|None=None, # mm a pixel
     per_degree:float|None=None, # pixels a degree, see `pixels_per_degree`
     stride:int=1, # pixels a cell of the map; a little less where the picture is not whole cells, so that they share it evenly
-    slices:int=1, # parts of the reading
+    slices:int=1, # parts of each reading
+    readings=None, # [N] which reading a place belongs to; `None`: all to one
     normalize:str|None='max' # largest value of the sum of the slices is 1; `sum`: all adds up to 1; `None`: dwell a cell
 )->tuple: # map float32 [slices,h,w]; whether anything was seen (else the map is 0)
     "How long a reader looked where"
@@ -321,9 +328,11 @@ def gaze_to_heatmap(
     p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     w = np.ones(len(p)) if durations is None else np.asarray(durations, dtype=np.float64)
     if w.shape != (len(p),) or (w < 0).any(): raise InputError('gaze_to_heatmap', 'durations', f'{w.shape} values, smallest {np.min(w, initial=0):g}', f'{len(p)} values of 0 or more')
-    ok = ((p >= 0) & (p < shape)).all(1) & np.isfinite(w); p, w = p[ok], w[ok]
+    of = np.zeros(len(p)) if readings is None else np.asarray(readings)
+    if of.shape != (len(p),): raise InputError('gaze_to_heatmap', 'readings', f'{of.shape} values', f'{len(p)} values, one a place')
+    ok = ((p >= 0) & (p < shape)).all(1) & np.isfinite(w); p, w, of = p[ok], w[ok], of[ok]
     cells = tuple(-(-n//stride) for n in shape[:2]); pixels = np.array(shape[:2])/cells  # of a cell
-    when = np.minimum(((w.cumsum()-w/2)/max(w.sum(), 1e-12)*slices).astype(int), slices-1)
+    when = _part(w, of, slices)
     m = np.stack([ndimage.gaussian_filter(_splat(p[when == k]/pixels, w[when == k], cells), sigma/pixels, mode='constant') for k in range(slices)])
     top = {'max': m.sum(0).max(), 'sum': m.sum(), None: 1.}[normalize]
     return (m/top if top > 0 else m).astype(np.float32), bool(w.sum() > 0)

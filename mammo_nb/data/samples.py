@@ -72,6 +72,8 @@ def show(self:TwoViewTargets,
     return ctx
 
 # %% ../../nbs/data/30_samples.ipynb #f8afe32d
+def _one_for_two(path, a, b): return InputError(path, 'reading', f'one, for {a} and for {b}', 'a log in which names, or folders, tell pictures apart')
+
 class TwoViewDataset:
     "Breasts of a prepared cohort as `(TwoViewInputs, TwoViewTargets)`"
     n_inp = 1
@@ -99,14 +101,14 @@ class TwoViewDataset:
         if gaze:  # drawn here, once, so that no worker and no epoch does it again and a bad file is told at once
             of = prepared.cohort.images.set_index('image_id').loc[used].dropna(subset='gaze_path')
             self.gazes = {i:self.draw_gaze(i, p, path) for i,p,path in zip(of.index, of.gaze_path, of.path)}
-            self.check_reach(); self.read = {}
+            self.check_reach()
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'TwoViewDataset: {len(self)} breasts, {int((self.rows.label == 1).sum())} with cancer, {self.size[0]} x {self.size[1]}' + (f', gaze on {sum(g is not None for g in self.gazes.values())} of {int(pd.notna(self.ids).sum())} pictures' if self.gaze else '')
     def new_empty(self): return TwoViewDataset.__new__(TwoViewDataset)._set(self)
     def _set(self, o):
         "Everything but pictures and rows: what an exported learner keeps"
-        self.__dict__.update(o.__dict__, prepared=None, rows=o.rows[:0], ids=o.ids[:0], kept={}, gazes={}, gaze=False)
+        self.__dict__.update(o.__dict__, prepared=None, rows=o.rows[:0], ids=o.ids[:0], kept={}, gazes={}, read={}, gaze=False)
         return self
 
 # %% ../../nbs/data/30_samples.ipynb #54ee0517
@@ -136,12 +138,13 @@ def draw_gaze(self:TwoViewDataset,
     except NotInLog: return None  # the reader did not come to this picture
     if len(g):
         other = self.read.setdefault((gaze_path, hash(g.to_numpy().tobytes())), image_id)
-        if other != image_id: raise InputError(gaze_path, 'reading', f'one, for {other} and for {image_id}', 'a log in which names, or folders, tell pictures apart')
-        self.reach[image_id] = float((g[['row', 'col']].max()/np.array(pic.stored_shape)).max())
+        if other != image_id: raise _one_for_two(gaze_path, other, image_id)
+        far = float((g[['row', 'col']].max()/np.array(pic.stored_shape)).max())
+        if np.isfinite(far): self.reach[image_id] = far
     if callable(self.gaze): g = self.gaze(image_id, g)
     if g is None: return None
     if not pic.spacing_mm: raise InputError(image_id, 'pixel spacing', pic.spacing_mm, 'a spacing: the width of the gaze blur is in mm')
-    m, seen = gaze_to_heatmap(pic.points(g[['row', 'col']]), g.duration_ms, self.size, sigma_mm=self.gaze_sigma, pixel_spacing_mm=pic.spacing_mm, stride=self.gaze_stride, slices=self.gaze_slices)
+    m, seen = gaze_to_heatmap(pic.points(g[['row', 'col']]), g.duration_ms, self.size, sigma_mm=self.gaze_sigma, pixel_spacing_mm=pic.spacing_mm, stride=self.gaze_stride, slices=self.gaze_slices, readings=g.get('reading'))
     return torch.from_numpy(m) if seen else None
 
 @patch
@@ -333,6 +336,7 @@ def two_view_dls(
     tables = [labelled_rows(prepared, s, rows) for s in (train, valid)]
     no_shared_patient(*tables)
     sets = [TwoViewDataset(prepared, t, gaze, gaze_stride, gaze_sigma, gaze_slices, gaze_shown_rows, gaze_hz, in_memory=in_memory, split_idx=i) for i,t in enumerate(tables)]
+    for k in sets[0].read.keys() & sets[1].read.keys(): raise _one_for_two(k[0], sets[0].read[k], sets[1].read[k])
     dls = sample_dls(sets, (TwoViewInputs, TwoViewTargets), bs, Augment() if augment is True else augment, seed, device, num_workers, 'two_view_dls')
     dls.left_out = int(rows.split.isin((train, valid)).sum()) - sum(map(len, tables))
     dls.description = dict(_describe(prepared, tables[0]), train=train, valid=valid)

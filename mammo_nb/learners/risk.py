@@ -26,7 +26,7 @@ from ..data.cache import PreparedCohort, check_prepared
 from ..data.risk_samples import RiskDataset, breast_history
 from .callbacks import NamedOutput
 from .training import _bare, _fitting, KeepBest, Resumable, SlowDown, StopEarly, WarmUp
-from .two_view import _same_preparing, model_version
+from .two_view import _left_out, _same_preparing, model_version
 from ..losses.survival import RiskLoss
 from ..metrics.predictions import predictions_table
 from ..metrics.survival import c_index
@@ -245,4 +245,5 @@ def predict(
         raise InputError('predict', 'registration', 'none', 'the registration of the loaders: this model was trained on priors that it had aligned')
     if not len(ds): raise InputError('predict', f'split {split}' if split else 'rows', f'no breast with a prepared picture ({len(rows)} rows)', 'at least one')
     out, version = _batches(model, ds, bs, progress), model_version(model)
+    _left_out(rows, out['risk'].sum(1))
     return pd.concat([predictions_table(ds.rows, v, system, k, version) for k, v in _named(out).items()], ignore_index=True)

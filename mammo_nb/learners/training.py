@@ -75,17 +75,21 @@ class KeepBest(_Tracks, TrackerCallback):
 
 # %% ../../nbs/learners/02_training.ipynb #503a59fa
 class WarmUp(Callback):
-    "Linear rise of the learning rate over the first batches"
+    "Linear rise of the learning rate over the first batches; what another callback does to the rate meanwhile, such as `SlowDown`, is kept"
     def __init__(self,
         steps:int # batches
-    ): self.steps = check_range(steps, 0, None, 'WarmUp', 'steps', whole=True)
+    ): self.steps, self.full, self.put = check_range(steps, 0, None, 'WarmUp', 'steps', whole=True), None, None
 
     def before_fit(self):
-        if self.opt is not None: self.full = [h['lr'] for h in self.opt.hypers]  # `validate` of a learner that never trained has none
+        if _fitting(self.learn): self.full, self.put = [h['lr'] for h in self.opt.hypers], None  # the rates to come, and those of the last batch
 
     def before_batch(self):
-        done = round(self.pct_train*self.n_epoch*self.n_iter) if self.training else self.steps  # batches of the whole training
-        if done < self.steps: self.opt.set_hyper('lr', [lr*(done+1)/self.steps for lr in self.full])
+        if not self.training or self.full is None: return
+        done = round(self.pct_train*self.n_epoch*self.n_iter)  # batches of the whole training
+        if done >= self.steps: return
+        if self.put is not None: self.full = [lr*h['lr']/was for lr, h, was in zip(self.full, self.opt.hypers, self.put)]
+        self.put = [lr*(done+1)/self.steps for lr in self.full]
+        self.opt.set_hyper('lr', self.put)
 
 # %% ../../nbs/learners/02_training.ipynb #2d201955
 def _generators(dls):
@@ -183,13 +187,13 @@ def _agree(a, b):
 class Resumable(Callback):
     "Write a checkpoint after each epoch; go on from it if it is there"
     order, remove_on_fetch, _only_train_loop = 10**6, True, True # after everybody else
-    counts = ('best', 'wait', 'weights', 'epoch_of_best')
+    counts = ('best', 'wait', 'weights', 'epoch_of_best', 'full', 'put')
     def __init__(self,
         folder, # where the checkpoint is, or will be: `checkpoint.pt`
         **known # what else the training is known by, such as `seed=0`: plain values
     ): self.path, self.done, self.at, self.stopped, self.paused, self.known_by, self.training_is = Path(folder)/'checkpoint.pt', 0, -1, False, [], known, {}
 
-    def trackers(self): return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, TrackerCallback)]
+    def trackers(self): return [cb for kind in (TrackerCallback, WarmUp) for cb in self.learn.cbs.sorted('order') if isinstance(cb, kind)]
 
     def about(self):
         "What a training is known by, before its first step"

@@ -109,6 +109,14 @@ def model_version(
     for k,v in sorted(model.state_dict().items()): h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:12]
 
+def _left_out(rows, answers):
+    "Say how many breasts will be missing in a table of predictions; refuse an empty one"
+    n, silent = len(answers), int((~np.isfinite(answers)).sum())
+    if silent == n: raise InputError('predict', 'answers', f'NaN for all {n} breasts', 'breasts with a view that the model reads, and weights that have not diverged')
+    if silent: print(f'predict: {silent} of {n} breasts get no answer (NaN) and are left out')
+    if len(rows) > n: print(f'predict: {len(rows)-n} of {len(rows)} breasts have no prepared picture and are left out')
+
+# %% ../../nbs/learners/05_two_view.ipynb #5a59ebc2
 def _answers(model, ds, bs):
     "Logits by name, one array each, in the order of the data set"
     device, was, out = next(model.parameters()).device, model.training, []
@@ -136,8 +144,9 @@ def predict(
     _same_preparing(model, prepared)
     ds = TwoViewDataset(prepared, rows, in_memory=False)
     if not len(ds): raise InputError('predict', f'split {split}' if split else 'rows', f'no breast with a prepared picture ({len(rows)} rows)', 'at least one')
-    version, parts = model_version(model), []
-    for k,v in _answers(model, ds, bs).items():
+    version, parts, said = model_version(model), [], _answers(model, ds, bs)
+    _left_out(rows, said['logit'])
+    for k,v in said.items():
         parts.append(predictions_table(ds.rows, 1/(1+np.exp(-v)), system or model.system, k.replace('logit', 'probability'), version))
     return pd.concat(parts, ignore_index=True)
 
