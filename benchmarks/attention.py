@@ -5,7 +5,8 @@ other, and the whole dual-stream block (four attentions, two FFNs), each as a fo
 forward and backward without dropout. `sdpa` is ours: attention whose weights are never written to memory, and a prediction in pieces of
 512 rows. `sdpa_all_rows` is ours without the pieces (in a training step they are the same). `materialised` is the textbook, with the same
 weights: attention matrices written to memory, one equation after the other for all tokens. Each runs
-in a process of its own, in turn; memory is the growth of the process over its size before. `peak_memory_ratio` and `time_ratio` are those
+in a process of its own, in turn; memory is the growth of the process over its size before. A value is the median of the rounds, its
+interval the least and the greatest of them. `peak_memory_ratio` and `time_ratio` are those
 of the block's forward pass; the others say what they are of. Before them one forward pass of the whole model, with a registration that
 works on pictures of half the size, on pictures of that size. The seed is of the numbers that go in.
 """

@@ -8,7 +8,7 @@ slower and twice as far off on the patients of data seed 1000. `simpleitk_half` 
 what the network and its refinement work on: the fairer rival in speed. `simpleitk_long` is that with 240 iterations instead of 60 (three
 times as many of the demons), in about the time of `simpleitk`: the fairer rival in error (on data seed 1000: 60 iterations 1.16 mm whole and 1.20 half, 120 half
 1.13, 240 half 1.08; 30 whole 1.28, so fewer would not do). The recipe was chosen on the same data seed, which no row of the results
-is measured on; but that another refinement was sought is because the one before had been measured on seed 0, where it lost to SimpleITK.
+is measured on (so the figures of that seed above are notes of the choice, not results); but that another refinement was sought is because the one before had been measured on seed 0, where it lost to SimpleITK.
 The optimiser is fastai's Adam with fastai's constants (`ADAM`), not those of the source, which are the default of `registration_learner`.
 
 `mammoregnet` is one forward pass; `mammoregnet_refined` is that, averaged over a neighbourhood, and then ten steps of descent on

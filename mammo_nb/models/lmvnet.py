@@ -104,7 +104,7 @@ def by_rows(
 
 # %% ../../nbs/models/15_lmvnet.ipynb #99124f78
 class Attention(nn.Module):
-    "Multi-head attention of one set of tokens to another, weights never written down"
+    "Multi-head attention of one set of tokens to another; its weights are not written down, except in training on a CPU with dropout, where PyTorch writes them"
     def __init__(self,
         dim:int, # D
         heads:int=4, # they share D
