@@ -30,11 +30,11 @@ def test_trainings_are_averaged_and_differences_keep_their_sign():
 def test_every_row_is_made_of_its_own_predictions():
     rows, test = {}, pd.DataFrame(dict(patient_id=[f'p{i}' for i in range(6)], exam_id=[f'e{i}' for i in range(6)], laterality='L', split='test', years_to_cancer=[.2, 1.5, 3.5, np.nan, np.nan, np.nan], years_followed=6.))
     says = lambda risk, kind: bench.known_outputs(np.repeat(np.array(risk)[:, None], 5, 1), test, kind)
-    found = {('lmvnet', s): pd.concat([says(RIGHT, 'lmvnet'), says(LATE, 'lmvnet_no_prior')], ignore_index=True) for s in (0, 1)}
+    found = {('lmvnet', s): pd.concat([says(RIGHT, 'lmvnet'), says(LATE, 'lmvnet_no_prior'), says(WRONG, 'lmvnet_no_mlo')], ignore_index=True) for s in (0, 1)}
     found |= {('unaligned', s): says([.5]*6, 'unaligned') for s in (0, 1)} | {('current_exam', 0): says(WRONG, 'current_exam'), ('current_exam', 1): says([.5]*6, 'current_exam')} | {('density', s): says([.5]*6, 'density') for s in (0, 1)}
     bench.report(SimpleNamespace(add=lambda v, m, value, *_, **__: rows.update({(v, m): float(value)})), found, [0, 1], test, np.repeat(np.array(RIGHT)[:, None], 5, 1))
     c = {k: v for (k, m), v in rows.items() if m == 'c_index'}
-    assert c == pytest.approx({'oracle': 1, 'lmvnet': 1, 'lmvnet_no_prior': 7/12, 'unaligned': .5, 'current_exam': .25, 'density': .5, 'lmvnet - current_exam': .75, 'lmvnet - unaligned': .5, 'lmvnet - lmvnet_no_prior': 5/12, 'lmvnet_no_prior - current_exam': 7/12-.25})
+    assert c == pytest.approx({'oracle': 1, 'lmvnet': 1, 'lmvnet_no_prior': 7/12, 'lmvnet_no_mlo': 0, 'unaligned': .5, 'current_exam': .25, 'density': .5, 'lmvnet - current_exam': .75, 'lmvnet - unaligned': .5, 'lmvnet - lmvnet_no_prior': 5/12, 'lmvnet - lmvnet_no_mlo': 1, 'lmvnet_no_prior - current_exam': 7/12-.25})
     assert rows['prevalent', 'share_of_events'] == pytest.approx(1/3) and {m for _, m in rows} >= {'brier', *(f'auc_year_{k}' for k in range(1, 6))}
 
 def test_nobody_is_trained_on_and_tested_on(monkeypatch):
