@@ -71,7 +71,7 @@ def mammonet_learner(
     if seed is not None: seed_everything(seed)
     if model is not None and tuple(model.views) != tuple(v.get('views', VIEW_NAMES)): raise InputError('mammonet_learner', 'model.views', model.views, f'{v.get("views", VIEW_NAMES)}, the views of {variant}')
     if model is not None and model.config['fusion'] and not mu: raise InputError('mammonet_learner', 'model.fusion', True, f'False: {variant} has no fusion learning, and layers without a loss stop the training on several GPUs')
-    if model is not None and model.slices and not scan: raise InputError('mammonet_learner', 'model.slices', model.slices, f'0: {variant} has no term for the order of the looks, and layers without a loss stop the training on several GPUs')
+    if model is not None and model.slices and not scan: raise InputError('mammonet_learner', 'model.slices', model.slices, f'0 in {variant} with scan_weight {scan_weight}: layers without a loss stop the training on several GPUs (`model.scan, model.slices = None, 0` takes them off)')
     if model is None: model = MammoNet(backbone, v.get('views', VIEW_NAMES), stride=stride, pretrained=pretrained, fusion=bool(mu), slices=dls.train_ds.gaze_slices if scan else 0, **(model_args or {}))
     model = model.to(memory_format=torch.channels_last)
     model.description = dict(training=getattr(dls, 'description', None), variant=variant)

@@ -75,19 +75,19 @@ class KeepBest(_Tracks, TrackerCallback):
 
 # %% ../../nbs/learners/02_training.ipynb #503a59fa
 class WarmUp(Callback):
-    "Linear rise of the learning rate over the first batches; what another callback does to the rate meanwhile, such as `SlowDown`, is kept"
+    "Linear rise of the learning rate over the first batches; what another callback, such as `SlowDown`, takes off the rate meanwhile stays off"
     def __init__(self,
         steps:int # batches
     ): self.steps, self.full, self.put = check_range(steps, 0, None, 'WarmUp', 'steps', whole=True), None, None
 
     def before_fit(self):
-        if _fitting(self.learn): self.full, self.put = [h['lr'] for h in self.opt.hypers], None  # the rates to come, and those of the last batch
+        if _fitting(self.learn): self.full, self.put = [float(h['lr']) for h in self.opt.hypers], None  # the rates to come, and those of the last batch
 
     def before_batch(self):
         if not self.training or self.full is None: return
         done = round(self.pct_train*self.n_epoch*self.n_iter)  # batches of the whole training
         if done >= self.steps: return
-        if self.put is not None: self.full = [lr*h['lr']/was for lr, h, was in zip(self.full, self.opt.hypers, self.put)]
+        if self.put is not None: self.full = [lr*min(1., float(h['lr'])/was) if was else lr for lr, h, was in zip(self.full, self.opt.hypers, self.put)]
         self.put = [lr*(done+1)/self.steps for lr in self.full]
         self.opt.set_hyper('lr', self.put)
 
@@ -193,7 +193,12 @@ class Resumable(Callback):
         **known # what else the training is known by, such as `seed=0`: plain values
     ): self.path, self.done, self.at, self.stopped, self.paused, self.known_by, self.training_is = Path(folder)/'checkpoint.pt', 0, -1, False, [], known, {}
 
-    def trackers(self): return [cb for kind in (TrackerCallback, WarmUp) for cb in self.learn.cbs.sorted('order') if isinstance(cb, kind)]
+    def trackers(self):
+        "Callbacks with something to remember, by class and number"
+        kinds = {}
+        for cb in self.learn.cbs.sorted('order'):
+            if isinstance(cb, (TrackerCallback, WarmUp)): kinds.setdefault(type(cb).__name__, []).append(cb)
+        return {f'{k} {i}': cb for k, cbs in kinds.items() for i, cb in enumerate(cbs)}
 
     def about(self):
         "What a training is known by, before its first step"
@@ -225,10 +230,10 @@ def before_fit(self:Resumable):
     try: s = torch.load(self.path, map_location='cpu', weights_only=True)
     except Exception as e: raise InputError(self.path, 'checkpoint', f'{type(e).__name__}: {str(e)[:200]}', 'a file that Resumable wrote') from e
     if s['epochs'] != self.n_epoch: raise InputError(self.path, 'epochs', f'a training of {s["epochs"]}', f'{self.n_epoch}, or another folder')
-    self.compare(s.get('about', {}))
+    self.compare(s.get('about', {}) if isinstance(s.get('trackers'), dict) else {})
     try: _bare(self.learn.model).load_state_dict(s['model']); self.learn.opt.load_state_dict(_to_parameters(s['opt'], self.learn.opt))
     except (RuntimeError, AssertionError, ValueError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
-    for cb, state in zip(self.trackers(), s['trackers']): cb.__dict__.update(state)
+    for k, cb in self.trackers().items(): cb.__dict__.update(s['trackers'].get(k, {}))
     self.learn.recorder.values = s['values']
     self.done, self.stopped, self.generators, self.smooth = s['done'], s['stopped'], s['generators'], s['smooth']
     self.paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
@@ -246,7 +251,7 @@ def before_epoch(self:Resumable):
 @patch
 def _write(self:Resumable, stopped=False):
     s = dict(epochs=self.n_epoch, about=self.training_is, done=self.at+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
-             trackers=[{k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for cb in self.trackers()], values=[[_plain(v) for v in row] for row in self.learn.recorder.values], smooth=[self.learn.recorder.smooth_loss.count, torch.as_tensor(self.learn.recorder.smooth_loss.val).cpu()])
+             trackers={name: {k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for name, cb in self.trackers().items()}, values=[[_plain(v) for v in row] for row in self.learn.recorder.values], smooth=[self.learn.recorder.smooth_loss.count, torch.as_tensor(self.learn.recorder.smooth_loss.val).cpu()])
     s['opt'] = dict(state=[dict(o) for o in s['opt']['state']], hypers=[{k: _plain(v) for k, v in h.items()} for h in s['opt']['hypers']])
     if not rank_distrib():  # of several processes the first
         self.path.parent.mkdir(parents=True, exist_ok=True)

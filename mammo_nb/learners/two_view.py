@@ -110,10 +110,10 @@ def model_version(
     return h.hexdigest()[:12]
 
 def _left_out(rows, answers):
-    "Say how many breasts will be missing in a table of predictions; refuse an empty one"
-    n, silent = len(answers), int((~np.isfinite(answers)).sum())
+    "Say how many breasts a table of predictions has no answer about; refuse one without any"
+    n, silent = len(answers), int(np.isnan(answers).sum())
     if silent == n: raise InputError('predict', 'answers', f'NaN for all {n} breasts', 'breasts with a view that the model reads, and weights that have not diverged')
-    if silent: print(f'predict: {silent} of {n} breasts get no answer (NaN) and are left out')
+    if silent: print(f'predict: {silent} of {n} breasts get no answer (NaN)')
     if len(rows) > n: print(f'predict: {len(rows)-n} of {len(rows)} breasts have no prepared picture and are left out')
 
 # %% ../../nbs/learners/05_two_view.ipynb #5a59ebc2
