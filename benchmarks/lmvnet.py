@@ -4,7 +4,7 @@ Draws `insilico-v1` with two exams for the data seed (any). On the training pati
 and with three training seeds each: `current_exam` (CC and MLO of now), then from its encoder `lmvnet` (with the aligned prior) and
 `unaligned` (the same with the prior as it lies), all three with the same pictures, augmentation, loss and choice of the epoch.
 `lmvnet_no_prior` is the trained `lmvnet` asked without priors, `lmvnet_no_mlo` without the MLO view, now and before (it was trained with both views
-of every breast, `view_dropout=0`); `density` knows the density alone; `oracle` is the risk of a
+of every breast, `view_dropout=0`, and answers with the CC head; up to commit 98912cc the fused head answered, at chance); `density` knows the density alone; `oracle` is the risk of a
 reader who sees all that the pictures contain (`data.known_truth`). Every breast of the test patients at their last exam; metrics
 are averaged over the training seeds, intervals are from a bootstrap over patients (so they hold what patients vary, not what
 trainings vary). The recipe was chosen on data seed 1000, which no row of the results is measured on; but that another recipe was sought

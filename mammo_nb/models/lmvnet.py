@@ -254,8 +254,9 @@ def risks(self:LMVNet,
         tokens.append(F.max_pool2d(f, self.token_pool, ceil_mode=True).flatten(2).transpose(1, 2)); out[f'prior_weight_{v}'] = w
     for block in self.blocks: tokens = block(tokens, now)
     p = [t.mean(1)*there[:, None].to(t.dtype) for t, there in zip(tokens, now)]
-    risks = dict(risk_multi=self.layer(self.fuse(torch.cat(p, 1))), risk_cc=self.layer(p[0]), risk_mlo=self.layer(p[1]))
-    return risks | out
+    both, cc, mlo = (self.layer(o) for o in (self.fuse(torch.cat(p, 1)), *p))
+    multi = torch.where(now.prod(0)[:, None] > 0, both, torch.where(now[0][:, None] > 0, cc, mlo))  # one view: its own answer
+    return dict(risk_multi=multi, risk_cc=cc, risk_mlo=mlo) | out
 
 # %% ../../nbs/models/15_lmvnet.ipynb #d19a1e6d
 class UnalignedRisk(LMVNet):
