@@ -55,6 +55,19 @@ def test_one_view_goes_and_the_only_one_stays():
     assert 15 < now[0, :60].sum() < 45 and torch.equal(past[..., 0], now)  # either view; a view that is gone has no prior
     assert torch.equal(m.eval().presence(b)[0].T, torch.tensor(there).float())
 
+def test_a_breast_with_one_view_is_answered_and_taught_by_its_own_head():
+    "Also by a view that training took away: the fusion hears nothing of such a breast, nor does what only the missing view has"
+    for m in (small_net(view_dropout=1., prior_dropout=0., dropout=0., drop_path=0.), small_net(prior_dropout=0., dropout=0., drop_path=0.)):
+        taken = m.view_dropout == 1
+        out = m.train()(batch(8) if taken else batch(8) | present([(1, 0)]*8))
+        there = out['present']; assert (there.sum(1) == 1).all() and (not taken or 0 < there[:, 0].sum() < 8)
+        assert torch.equal(out['risk_multi'], torch.where(there[:, :1] == 1, out['risk_cc'], out['risk_mlo'])) and not torch.equal(out['risk_cc'], out['risk_mlo'])
+        out['risk_multi'].sum().backward()
+        assert m.fuse.weight.grad.abs().max() == 0 and m.layer.base.weight.grad.abs().max() > 0
+        ffn = [max(p.grad.abs().max() for p in f.parameters()) for f in m.blocks[0].ffn]
+        assert ffn[0] > 0 and (ffn[1] > 0) == taken
+    m = small_net(prior_dropout=0., dropout=0., drop_path=0.).train(); m(batch(8))['risk_multi'].sum().backward(); assert m.fuse.weight.grad.abs().max() > 0
+
 # the cumulative layer
 
 def layer(hazards=(1, 2, 3, 4, 5), base=0.):

@@ -245,5 +245,5 @@ def predict(
         raise InputError('predict', 'registration', 'none', 'the registration of the loaders: this model was trained on priors that it had aligned')
     if not len(ds): raise InputError('predict', f'split {split}' if split else 'rows', f'no breast with a prepared picture ({len(rows)} rows)', 'at least one')
     out, version = _batches(model, ds, bs, progress), model_version(model)
-    _left_out(rows, out['risk'].sum(1))
+    _left_out(ds.rows if samples is not None else rows, ds.rows, out['risk'].sum(1))
     return pd.concat([predictions_table(ds.rows, v, system, k, version) for k, v in _named(out).items()], ignore_index=True)

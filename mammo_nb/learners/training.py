@@ -75,21 +75,25 @@ class KeepBest(_Tracks, TrackerCallback):
 
 # %% ../../nbs/learners/02_training.ipynb #503a59fa
 class WarmUp(Callback):
-    "Linear rise of the learning rate over the first batches; what another callback, such as `SlowDown`, takes off the rate meanwhile stays off"
+    "Linear rise of the learning rate over the first batches, up to what it is between the epochs"
     def __init__(self,
         steps:int # batches
-    ): self.steps, self.full, self.put = check_range(steps, 0, None, 'WarmUp', 'steps', whole=True), None, None
-
-    def before_fit(self):
-        if _fitting(self.learn): self.full, self.put = [float(h['lr']) for h in self.opt.hypers], None  # the rates to come, and those of the last batch
+    ): self.steps, self.full = check_range(steps, 0, None, 'WarmUp', 'steps', whole=True), None
 
     def before_batch(self):
-        if not self.training or self.full is None: return
+        if not (self.training and _fitting(self.learn)): return
         done = round(self.pct_train*self.n_epoch*self.n_iter)  # batches of the whole training
         if done >= self.steps: return
-        if self.put is not None: self.full = [lr*min(1., float(h['lr'])/was) if was else lr for lr, h, was in zip(self.full, self.opt.hypers, self.put)]
-        self.put = [lr*(done+1)/self.steps for lr in self.full]
-        self.opt.set_hyper('lr', self.put)
+        if self.full is None: self.full = [float(h['lr']) for h in self.opt.hypers]
+        self.opt.set_hyper('lr', [lr*((done+1)/self.steps) for lr in self.full])
+
+    def after_train(self):
+        "The full rate again, for those who look at it or cut it before the next epoch"
+        if self.full is not None: self.opt.set_hyper('lr', self.full)
+        self.full = None
+
+    def after_cancel_epoch(self): self.after_train()
+    def after_cancel_fit(self): self.after_train()
 
 # %% ../../nbs/learners/02_training.ipynb #2d201955
 def _generators(dls):
@@ -187,7 +191,8 @@ def _agree(a, b):
 class Resumable(Callback):
     "Write a checkpoint after each epoch; go on from it if it is there"
     order, remove_on_fetch, _only_train_loop = 10**6, True, True # after everybody else
-    counts = ('best', 'wait', 'weights', 'epoch_of_best', 'full', 'put')
+    format = 2  # of the file; it goes up when what is in it has another meaning
+    counts = ('best', 'wait', 'weights', 'epoch_of_best')
     def __init__(self,
         folder, # where the checkpoint is, or will be: `checkpoint.pt`
         **known # what else the training is known by, such as `seed=0`: plain values
@@ -197,7 +202,7 @@ class Resumable(Callback):
         "Callbacks with something to remember, by class and number"
         kinds = {}
         for cb in self.learn.cbs.sorted('order'):
-            if isinstance(cb, (TrackerCallback, WarmUp)): kinds.setdefault(type(cb).__name__, []).append(cb)
+            if isinstance(cb, TrackerCallback): kinds.setdefault(type(cb).__name__, []).append(cb)
         return {f'{k} {i}': cb for k, cbs in kinds.items() for i, cb in enumerate(cbs)}
 
     def about(self):
@@ -230,7 +235,7 @@ def before_fit(self:Resumable):
     try: s = torch.load(self.path, map_location='cpu', weights_only=True)
     except Exception as e: raise InputError(self.path, 'checkpoint', f'{type(e).__name__}: {str(e)[:200]}', 'a file that Resumable wrote') from e
     if s['epochs'] != self.n_epoch: raise InputError(self.path, 'epochs', f'a training of {s["epochs"]}', f'{self.n_epoch}, or another folder')
-    self.compare(s.get('about', {}) if isinstance(s.get('trackers'), dict) else {})
+    self.compare(s.get('about', {}) if s.get('format') == self.format else {})
     try: _bare(self.learn.model).load_state_dict(s['model']); self.learn.opt.load_state_dict(_to_parameters(s['opt'], self.learn.opt))
     except (RuntimeError, AssertionError, ValueError) as e: raise InputError(self.path, 'weights', str(e)[:200] or 'other parameters', 'those of this model') from e
     for k, cb in self.trackers().items(): cb.__dict__.update(s['trackers'].get(k, {}))
@@ -250,7 +255,7 @@ def before_epoch(self:Resumable):
 
 @patch
 def _write(self:Resumable, stopped=False):
-    s = dict(epochs=self.n_epoch, about=self.training_is, done=self.at+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
+    s = dict(format=self.format, epochs=self.n_epoch, about=self.training_is, done=self.at+1, stopped=stopped, model=_bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), generators=_generators(self.dls),
              trackers={name: {k: _plain(cb.__dict__[k]) for k in self.counts if k in cb.__dict__} for name, cb in self.trackers().items()}, values=[[_plain(v) for v in row] for row in self.learn.recorder.values], smooth=[self.learn.recorder.smooth_loss.count, torch.as_tensor(self.learn.recorder.smooth_loss.val).cpu()])
     s['opt'] = dict(state=[dict(o) for o in s['opt']['state']], hypers=[{k: _plain(v) for k, v in h.items()} for h in s['opt']['hypers']])
     if not rank_distrib():  # of several processes the first

@@ -109,12 +109,13 @@ def model_version(
     for k,v in sorted(model.state_dict().items()): h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:12]
 
-def _left_out(rows, answers):
-    "Say how many breasts a table of predictions has no answer about; refuse one without any"
-    n, silent = len(answers), int(np.isnan(answers).sum())
-    if silent == n: raise InputError('predict', 'answers', f'NaN for all {n} breasts', 'breasts with a view that the model reads, and weights that have not diverged')
-    if silent: print(f'predict: {silent} of {n} breasts get no answer (NaN)')
-    if len(rows) > n: print(f'predict: {len(rows)-n} of {len(rows)} breasts have no prepared picture and are left out')
+def _left_out(rows, asked, answers):
+    "Say which breasts a table of predictions has no row about; refuse one without any. `asked`: those of `rows` with a picture"
+    silent, key = asked[np.isnan(answers)], ['exam_id', 'laterality']
+    if len(silent) == len(asked): raise InputError('predict', 'answers', f'NaN for all {len(asked)} breasts', 'breasts with a view that the model reads, and weights that have not diverged')
+    unseen = rows[~pd.MultiIndex.from_frame(rows[key]).isin(pd.MultiIndex.from_frame(asked[key]))]
+    for lost, why in ((silent, 'no answer: the model reads none of their views, or says NaN'), (unseen, 'no prepared picture')):
+        if len(lost): print(f'predict: {len(lost)} of {len(rows)} breasts have no row ({why}): {", ".join(" ".join(map(str, r)) for r in lost[key].head(5).to_numpy())}{" ..." if len(lost) > 5 else ""}')
 
 # %% ../../nbs/learners/05_two_view.ipynb #5a59ebc2
 def _answers(model, ds, bs):
@@ -145,7 +146,7 @@ def predict(
     ds = TwoViewDataset(prepared, rows, in_memory=False)
     if not len(ds): raise InputError('predict', f'split {split}' if split else 'rows', f'no breast with a prepared picture ({len(rows)} rows)', 'at least one')
     version, parts, said = model_version(model), [], _answers(model, ds, bs)
-    _left_out(rows, said['logit'])
+    _left_out(rows, ds.rows, said['logit'])
     for k,v in said.items():
         parts.append(predictions_table(ds.rows, 1/(1+np.exp(-v)), system or model.system, k.replace('logit', 'probability'), version))
     return pd.concat(parts, ignore_index=True)

@@ -15,7 +15,7 @@ from timm.layers import DropPath
 from ..core.errors import InputError, check_in, check_range
 from .backbones import freeze_module
 from .blocks import those_there
-from .risk import BaseRiskModel, ContinuousPosEncoding, CumulativeProbabilityLayer
+from .risk import BaseRiskModel, ContinuousPosEncoding, CumulativeProbabilityLayer, three_curves
 from .two_view import make_encoder
 from ..registration.flow import resize_flow, warp
 
@@ -248,15 +248,12 @@ def risks(self:LMVNet,
 )->dict: # `risk_multi`, `risk_cc`, `risk_mlo` logits [B,Y]; `present` [B,2]; `prior_weight_cc`, `prior_weight_mlo` [B,P]
     "The three curves, and what they were made from"
     now, past = self.presence(batch)
-    tokens, out = [], dict(present=now.T)
+    tokens, out = [], {}
     for i, v in enumerate(('cc', 'mlo')):
         f, w = self.processor(batch[f'current_image_{v}'], batch[f'previous_image_{v}'], batch['time_gap'], past[i], self.flow_of(batch, v), now[i])
         tokens.append(F.max_pool2d(f, self.token_pool, ceil_mode=True).flatten(2).transpose(1, 2)); out[f'prior_weight_{v}'] = w
     for block in self.blocks: tokens = block(tokens, now)
-    p = [t.mean(1)*there[:, None].to(t.dtype) for t, there in zip(tokens, now)]
-    both, cc, mlo = (self.layer(o) for o in (self.fuse(torch.cat(p, 1)), *p))
-    multi = torch.where(now.prod(0)[:, None] > 0, both, torch.where(now[0][:, None] > 0, cc, mlo))  # one view: its own answer
-    return dict(risk_multi=multi, risk_cc=cc, risk_mlo=mlo) | out
+    return three_curves([t.mean(1) for t in tokens], now, self.fuse, self.layer) | out
 
 # %% ../../nbs/models/15_lmvnet.ipynb #d19a1e6d
 class UnalignedRisk(LMVNet):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CumulativeProbabilityLayer', 'ContinuousPosEncoding', 'check_cumulative', 'cumulative_risk', 'BaseRiskModel',
-           'DensityRisk', 'CurrentExamRisk']
+           'DensityRisk', 'three_curves', 'CurrentExamRisk']
 
 # %% ../../nbs/models/10_risk.ipynb #238469f1
 import json
@@ -101,11 +101,12 @@ class BaseRiskModel(nn.Module, ABC):
         "Read a batch"
 
     def get_risk_heads(self,
-        outputs:dict, # of `forward`; with `present` [B,2] the head of a view that is missing is masked
+        outputs:dict, # of `forward`; with `present` [B,2] the head of a view that is missing is masked, and a breast without any
         batch:dict # targets: `target`, `y_mask` [B,Y]
     )->dict: # name of the head -> (logits, target, mask), [B,Y] each
         "What is trained"
-        masks = {} if 'present' not in outputs else {v: batch['y_mask']*outputs['present'][:, k:k+1] for k, v in enumerate(('cc', 'mlo'))}
+        there = outputs.get('present')
+        masks = {} if there is None else {k: batch['y_mask']*v[:, None] for k, v in dict(cc=there[:, 0], mlo=there[:, 1], multi=there.amax(1)).items()}
         heads = {k.removeprefix('risk_'): v for k, v in outputs.items() if k.startswith('risk_')}
         return {k: (v, batch['target'], masks.get(k, batch['y_mask'])) for k, v in heads.items()}
 
@@ -150,6 +151,19 @@ class DensityRisk(BaseRiskModel):
         d = batch['density'].long()
         return dict(risk_multi=self.layer(F.one_hot(torch.where(d < 0, 4, d), 5).to(self.layer.base.weight.dtype)))
 
+# %% ../../nbs/models/10_risk.ipynb #01eb062e
+def three_curves(
+    p:tuple|Tensor, # pooled features of CC and MLO, [B,F] each
+    there:Tensor, # [2,B] 1 where the view exists
+    fuse:nn.Module, # [B,2F] -> [B,F]
+    layer:nn.Module # features -> logits [B,Y]
+)->dict: # `risk_multi`, `risk_cc`, `risk_mlo` logits [B,Y]; `present` [B,2]
+    "The curves of both views together, which is the one view's own where a breast has but one, and of each alone"
+    p = [t*h[:, None].to(t.dtype) for t, h in zip(p, there)]
+    both, cc, mlo = (layer(o) for o in (fuse(torch.cat(p, 1)), *p))
+    multi = torch.where(there.prod(0)[:, None] > 0, both, torch.where(there[0][:, None] > 0, cc, mlo))
+    return dict(risk_multi=multi, risk_cc=cc, risk_mlo=mlo, present=there.T)
+
 # %% ../../nbs/models/10_risk.ipynb #2def6738
 class CurrentExamRisk(BaseRiskModel):
     "Risk from CC and MLO of the current exam"
@@ -170,5 +184,5 @@ class CurrentExamRisk(BaseRiskModel):
         views = ('cc', 'mlo')
         x = torch.cat([batch[f'current_image_{v}'] for v in views])
         there = torch.stack([batch.get(f'present_current_{v}', x.new_ones(len(x)//2)) for v in views])
-        p = self.drop(those_there(self.encoder, x, there.flatten()).mean((2, 3))).view(2, len(x)//2, -1)*there[..., None]
-        return dict(risk_multi=self.layer(self.fuse(torch.cat([p[0], p[1]], 1))), risk_cc=self.layer(p[0]), risk_mlo=self.layer(p[1]), present=there.T)
+        p = self.drop(those_there(self.encoder, x, there.flatten()).mean((2, 3))).view(2, len(x)//2, -1)
+        return three_curves(p, there, self.fuse, self.layer)
