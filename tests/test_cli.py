@@ -10,6 +10,7 @@ from mammo_nb.data.dicom_file import write_mammogram
 from mammo_nb.data.prepare import PrepareConfig
 from mammo_nb.learners.two_view import save_model
 from mammo_nb.metrics.predictions import read_predictions
+from mammo_nb.models.mammonet import MammoNet
 from mammo_nb.models.two_view import TwoViewNet
 
 @pytest.fixture(scope='module', autouse=True)
@@ -75,6 +76,18 @@ def test_predict_of_a_cohort_and_of_files_agree(dicoms, model, tmp_path, capsys)
         got[name] = read_predictions(tmp_path/name/'predictions.parquet')
         assert not (tmp_path/name/'overlays').exists()
     pd.testing.assert_frame_equal(got['files'], got['cohort'])
+
+def test_a_breast_without_an_answer_is_left_out_and_said(dicoms, tmp_path, capsys):
+    "A network of the MLO views, and a breast with CC alone"
+    seed_everything(0); net = MammoNet('small', views=('mlo',), stride=8)
+    net.description = dict(training=dict(prepare=json.loads(PrepareConfig(size=(64, 48)).text)))
+    cohort, _ = dicom_folder(dicoms); cohort.write(tmp_path/'cohort')
+    status, out, err = here(capsys, tmp_path/'cohort', save_model(net, tmp_path/'mlo'), out=tmp_path/'o', overlays=False)
+    lost = cohort.images[cohort.images.groupby(['exam_id', 'laterality']).view.transform('nunique') == 1]; assert lost[['laterality', 'view']].to_numpy().tolist() == [['R', 'CC']]
+    left = pd.read_csv(tmp_path/'o/left_out.csv', dtype=str)
+    assert status == 1 and left.image_id.tolist() == lost.image_id.tolist() and left.what.tolist() == ['answer'], err
+    assert f'1 of 4 breasts have no row (no answer: the model reads none of their views, or says NaN): {lost.exam_id.iloc[0]} R' in out and '1 files without' in out
+    t = read_predictions(tmp_path/'o/predictions.csv'); assert t.output.value_counts()['probability'] == 3
 
 @pytest.mark.parametrize('kwargs,said', [
     (dict(), '--model'), (dict(model='nowhere'), 'nowhere.json'), (dict(model='{bad}'), 'description'), (dict(model='{pickle}'), 'checksum'), (dict(model='{touched}'), 'checksum'),

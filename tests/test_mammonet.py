@@ -1,5 +1,6 @@
 "Mammo-Net: what the notebooks show badly (two processes, files that vanish), and each check of its specification."
 import math, multiprocessing as mp
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.nn import functional as F
@@ -8,7 +9,7 @@ from fastai import distributed  # gives learners `to_parallel`
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.data.cache import prepare_cohort
 from mammo_nb.data.cohort import breasts
-from mammo_nb.data.gaze import disturb_gaze, gaze_to_heatmap, read_gaze
+from mammo_nb.data.gaze import disturb_gaze, find_fixations, gaze_to_heatmap, read_gaze
 from mammo_nb.data.insilico import insilico_cohort, write_insilico
 from mammo_nb.data.prepare import PrepareConfig
 from mammo_nb.data.samples import Augment, TwoViewDataset, two_view_dls
@@ -233,7 +234,7 @@ def test_gaze_on_pictures_whose_table_knows_the_spacing(tmp_path):
 
 def test_one_reading_for_two_pictures(prepared):
     "A log that cannot tell two pictures apart would teach one by the other's gaze"
-    was = prepared.cohort.images.gaze_path.copy(); two = prepared.cohort.images.index[:2]
+    was, paths = prepared.cohort.images.gaze_path.copy(), prepared.cohort.images.path.copy(); two = prepared.cohort.images.index[:2]
     try:
         read_gaze(prepared.cohort.file(was[two[0]])).to_csv(prepared.cohort.root/'one.csv', index=False)
         prepared.cohort.images.loc[two, 'gaze_path'] = 'one.csv'
@@ -241,7 +242,12 @@ def test_one_reading_for_two_pictures(prepared):
         prepared.cohort.images['gaze_path'] = was; split = prepared.cohort.images.split  # also where one is learned from and the other watched
         prepared.cohort.images.loc[[split.eq(k).idxmax() for k in ('train', 'valid')], 'gaze_path'] = 'one.csv'
         with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell pictures apart'): two_view_dls(prepared, bs=4, gaze=True)
-    finally: prepared.cohort.images['gaze_path'] = was
+        prepared.cohort.images['gaze_path'] = was; one, other = (prepared.cohort.images[split == k].iloc[0] for k in ('train', 'test'))  # also where the other is never looked at
+        (prepared.cohort.root/'one.csv').write_text(f'D:\\A\\{Path(one.path).stem}.png;1;[[5, 6]];[];(-1, -1)\n')
+        for k, (path, twin) in enumerate((('A/', one), ('B/', other))): prepared.cohort.images.loc[twin.name, ['gaze_path', 'path']] = 'one.csv', path + Path(one.path).name
+        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell pictures apart'): two_view_dls(prepared, bs=4, gaze=True)
+        prepared.cohort.images.loc[other.name, 'path'] = 'B/another.dcm'; two_view_dls(prepared, bs=4, gaze=True)
+    finally: prepared.cohort.images['gaze_path'], prepared.cohort.images['path'] = was, paths
 
 def test_two_readers_of_a_picture(prepared):
     "Each reading is cut into its own parts: the same reading twice teaches the same order as once"
@@ -251,6 +257,10 @@ def test_two_readers_of_a_picture(prepared):
         once = part(); both = pd.concat([g, g.assign(reading=1)]); both.to_csv(prepared.cohort.root/'both.csv', index=False)
         prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = 'both.csv'
         assert torch.allclose(part(), once, atol=1e-5) and (once[0]-once[2]).abs().max() > .05
+        looks = lambda image_id, g: find_fixations(g.assign(time_ms=g.duration_ms.cumsum()), 20)  # a function that makes fixations of them leaves them two
+        ds = TwoViewDataset(prepared, breasts(prepared.cohort), gaze=looks, gaze_slices=3); prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = was.iloc[0]
+        assert torch.allclose(ds.gazes[image], TwoViewDataset(prepared, breasts(prepared.cohort), gaze=looks, gaze_slices=3).gazes[image], atol=1e-5)
+        prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = 'both.csv'
         both.drop(columns='reading').to_csv(prepared.cohort.root/'both.csv', index=False); assert not torch.allclose(part(), once, atol=.05)
     finally: prepared.cohort.images['gaze_path'] = was
 

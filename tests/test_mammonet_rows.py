@@ -30,6 +30,17 @@ def test_accuracy_is_at_one_half(): assert bench.estimate([(said(.4, .6, .5, .9)
 
 def test_seeds_are_averaged(): assert bench.estimate([(GOOD, None, GOOD), (HALF, None, GOOD)], 'auc').value == pytest.approx(.875)
 
+def test_intervals_are_over_patients_and_pairs_are_paired():
+    rng = np.random.default_rng(0); values, label = rng.random(40), np.repeat([0., 1.], 20)
+    one = said(*values, label=label); both = pd.concat([one, one.assign(laterality='R')], ignore_index=True)  # a second breast that says the same adds no patient
+    a, b = (bench.estimate([(t, None, t)], 'auc') for t in (one, both))
+    assert a.low < a.value-.05 and (b.value, b.low, b.high) == pytest.approx((a.value, a.low, a.high)) and b.n == 2*a.n
+    e = bench.estimate([(both, None, both)], 'auc', [(both, None, both)]); assert (e.value, e.low, e.high) == (0, 0, 0)
+    near = both.assign(value=both['value']+.001*rng.random(80)); e = bench.estimate([(near, None, near)], 'auc', [(both, None, both)])
+    assert e.high-e.low < .1*(a.high-a.low)  # the same patients are drawn for both
+    pictures = found(list(rng.random(40))); two = pd.concat([pictures, pictures.assign(image_id=pictures.image_id+'mlo')], ignore_index=True)
+    a, b = (bench.estimate([(one, t, one)], 'attention_in_lesion') for t in (pictures, two)); assert (b.value, b.low, b.high) == pytest.approx((a.value, a.low, a.high)) and a.low < a.value-.03
+
 def test_half_of_the_gain_is_the_mean_of_both_ends():
     without, all_of_it, half = [(said(.9, .2, .8, .1), None, GOOD)], [(GOOD, None, GOOD)], [(HALF, None, GOOD)]
     low = bench.estimate(without, 'auc').value

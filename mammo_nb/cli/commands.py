@@ -55,6 +55,14 @@ def _list_left_out(prepared, left, path, shown=20):
     if len(bad) > shown: print(f'  and {len(bad)-shown} more')
     return len(bad)
 
+def _list_unanswered(prepared, table, path):
+    "Adds the pictures of breasts that the model has nothing to say about; how many"
+    import pandas as pd
+    im, breast = prepared.cohort.images, ['exam_id', 'laterality']
+    lost = im[im.image_id.isin(list(prepared.keys)) & ~pd.MultiIndex.from_frame(im[breast]).isin(pd.MultiIndex.from_frame(table[breast]))]
+    if len(lost): _write(pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), lost[['image_id', 'path']].assign(what='answer', found='none about this breast', expected='a view that the model reads')]), path)
+    return len(lost)
+
 # %% ../../nbs/cli/01_commands.ipynb #3cee190e
 def _list_notes(prepared, path):
     "Writes what had to be said about the pictures, prints how many there are, and how many a model does not look at"
@@ -178,6 +186,7 @@ def predict_folder(
         _need_pictures(folder, prepared)
         _list_notes(prepared, new/'notes.csv')
         table = predict(net, prepared)
+        n += _list_unanswered(prepared, table, new/'left_out.csv')
         prepared.cohort.images[['image_id', 'patient_id', 'exam_id', 'laterality', 'view', 'path']].to_csv(new/'images.csv', index=False)
         if overlays: _write_overlays(net, prepared, table, new/'overlays', quiet)
         write_predictions(table, new/f'predictions.{format}')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCREEN', 'NotInLog', 'read_miceye', 'miceye_samples', 'read_tobii', 'Window', 'to_image', 'pixels_per_degree',
-           'find_fixations', 'draw_scanpath', 'write_fixations', 'read_gaze', 'gaze_to_heatmap', 'disturb_gaze']
+           'find_fixations', 'draw_scanpath', 'write_fixations', 'read_gaze', 'whose_readings', 'gaze_to_heatmap',
+           'disturb_gaze']
 
 # %% ../../nbs/data/19_gaze.ipynb #ec2ae28b
 import ast, io, re
@@ -212,18 +213,21 @@ def _by_velocity(p, t, breaks, speed, least):
 
 # %% ../../nbs/data/19_gaze.ipynb #1421107b
 def find_fixations(
-    samples:pd.DataFrame, # time_ms, row, col; NaN where lost or off the picture; of `to_image` also window: a fixation ends with it
+    samples:pd.DataFrame, # time_ms, row, col; NaN where lost or off the picture; of `to_image` also window: a fixation ends with it; with several readings, reading: each by itself
     per_degree, # pixels of the picture a degree of vision, see `pixels_per_degree`: one number, or one for each sample where the zoom changes
     method:str='dispersion', # `dispersion` or `velocity`
     spread_deg:float=1.5, # dispersion: height + width of the box, degrees
     speed_deg:float=60., # velocity: fastest step inside a fixation, degrees a second
     min_ms:float=100., # shortest fixation
     max_gap_ms:float=75. # longest loss inside a fixation
-)->pd.DataFrame: # row, col (mean), duration_ms, start_ms, in order of time
+)->pd.DataFrame: # row, col (mean), duration_ms, start_ms, in order of time; reading where the samples have it
     "Where the eye rested"
     check_in(method, ('dispersion', 'velocity'), 'find_fixations', 'method')
     degree = np.broadcast_to(np.asarray(per_degree, float), len(samples))
     for k, v in dict(per_degree=float(np.nanmin(degree, initial=1.)), spread_deg=spread_deg, speed_deg=speed_deg, min_ms=min_ms, max_gap_ms=max_gap_ms).items(): check_range(v, 0, None, 'find_fixations', k)
+    if 'reading' in samples:
+        parts = [(k, (samples.reading == k).to_numpy()) for k in samples.reading.unique()] or [(0, np.zeros(0, bool))]
+        return pd.concat([find_fixations(samples[of].drop(columns='reading'), degree[of], method, spread_deg, speed_deg, min_ms, max_gap_ms).assign(reading=k) for k, of in parts], ignore_index=True)
     t, p = samples.time_ms.to_numpy(float), samples[['row', 'col']].to_numpy(float)
     if (np.diff(t) < 0).any(): raise InputError('find_fixations', 'time_ms', f'runs backwards at row {int(np.argmax(np.diff(t) < 0))+1}', 'samples in order of time')
     dt, ok = _interval(t), np.isfinite(p).all(1)
@@ -258,6 +262,12 @@ def write_fixations(
 
 _TABLE = 'row, col, duration_ms (of the recording of a screen read_tobii, to_image, find_fixations and write_fixations make such a table)'
 
+def _is_log(path):
+    try:
+        with open(path, encoding='utf-8-sig') as f: first = next((l for l in f if l.strip()), '')  # as `read_miceye` and pandas: blank lines do not count
+    except (OSError, ValueError) as e: raise InputError(path, 'fixations', f'{type(e).__name__}: {e}', f'a MicEye log, or a table of {_TABLE}') from e
+    return first.count(';') >= 4 and ';[' in first.replace(' ', '')
+
 def read_gaze(
     path:str|Path, # MicEye log, or a table with row, col, duration_ms, and a column reading where there are several
     hz:float=60., # points a second of a MicEye log
@@ -266,10 +276,8 @@ def read_gaze(
     image=None # name or path of the picture (or several names of it), for logs of several, see `read_miceye`
 )->pd.DataFrame: # row, col, duration_ms, in order of time; all readings of the picture, one after the other: reading 0, 1, ...
     "The gaze of a picture"
-    try:
-        with open(path, encoding='utf-8-sig') as f: first = next((l for l in f if l.strip()), '')  # as `read_miceye` and pandas: blank lines do not count
-        log = first.count(';') >= 4 and ';[' in first.replace(' ', '')
-        if not log: t = pd.read_csv(path)
+    log = _is_log(path)
+    try: t = None if log else pd.read_csv(path)
     except (OSError, ValueError) as e: raise InputError(path, 'fixations', f'{type(e).__name__}: {e}', f'a MicEye log, or a table of {_TABLE}') from e
     if log:
         readings = read_miceye(path, image)
@@ -281,6 +289,19 @@ def read_gaze(
     bad = t[want].apply(pd.to_numeric, errors='coerce')
     if len(t) and (bad.duration_ms < 0).any() or (bad.isna() & t[want].notna()).any().any(): raise InputError(path, 'values', 'texts or negative durations', 'numbers, durations of 0 or more')
     return bad.assign(reading=pd.factorize(t.reading)[0] if 'reading' in t else 0)
+
+# %% ../../nbs/data/19_gaze.ipynb #6df4eb6d
+def whose_readings(
+    path:str|Path, # MicEye log, or a table
+    pictures:dict # image_id -> its names, as `read_gaze` takes them
+)->dict: # image_id -> its name in the log ('' in a table, which is of whoever asks); none where the log has no reading that is surely of this picture
+    "The reading that each of several pictures would get: one name for two of them is a log that cannot tell them apart"
+    if not _is_log(path): return dict.fromkeys(pictures, '')
+    lines, out = [(0, [name]) for name in sorted({l.split(';')[0] for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l.strip()})], {}
+    for i, names in pictures.items():
+        try: out[i] = _lines_of(lines, names, path)[0][1][0]
+        except InputError: continue  # `read_gaze` says so to who asks for this picture
+    return out
 
 # %% ../../nbs/data/19_gaze.ipynb #e40dd782
 def _sigma(px, mm, spacing, deg, per_degree):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
 from .cache import PreparedCohort, check_prepared
 from .cohort import breasts
-from .gaze import NotInLog, gaze_to_heatmap, read_gaze
+from .gaze import NotInLog, gaze_to_heatmap, read_gaze, whose_readings
 from .splits import LeakError, check_split
 
 # %% ../../nbs/data/30_samples.ipynb #c4ef0a3e
@@ -72,8 +72,6 @@ def show(self:TwoViewTargets,
     return ctx
 
 # %% ../../nbs/data/30_samples.ipynb #f8afe32d
-def _one_for_two(path, a, b): return InputError(path, 'reading', f'one, for {a} and for {b}', 'a log in which names, or folders, tell pictures apart')
-
 class TwoViewDataset:
     "Breasts of a prepared cohort as `(TwoViewInputs, TwoViewTargets)`"
     n_inp = 1
@@ -95,11 +93,12 @@ class TwoViewDataset:
         keep = ids.notna().any(axis=1).to_numpy()
         self.rows, self.ids = rows[keep].reset_index(drop=True), ids[keep].to_numpy(dtype=object)
         store_attr('prepared,gaze,gaze_stride,gaze_sigma,gaze_slices,gaze_shown_rows,gaze_hz,split_idx')
-        self.size, self.kept, self.gazes, self.reach, self.read = tuple(prepared.config.size), {}, {}, {}, {}
+        self.size, self.kept, self.gazes, self.reach = tuple(prepared.config.size), {}, {}, {}
         used = [i for i in self.ids.ravel() if isinstance(i, str)]
         if in_memory is True or (in_memory == 'auto' and 4*np.prod(self.size)*len(used) <= 2**30): self.kept = {i:self.image(i) for i in used}
         if gaze:  # drawn here, once, so that no worker and no epoch does it again and a bad file is told at once
             of = prepared.cohort.images.set_index('image_id').loc[used].dropna(subset='gaze_path')
+            self.check_readings(of.index, set(of.gaze_path))
             self.gazes = {i:self.draw_gaze(i, p, path) for i,p,path in zip(of.index, of.gaze_path, of.path)}
             self.check_reach()
 
@@ -108,8 +107,28 @@ class TwoViewDataset:
     def new_empty(self): return TwoViewDataset.__new__(TwoViewDataset)._set(self)
     def _set(self, o):
         "Everything but pictures and rows: what an exported learner keeps"
-        self.__dict__.update(o.__dict__, prepared=None, rows=o.rows[:0], ids=o.ids[:0], kept={}, gazes={}, read={}, gaze=False)
+        self.__dict__.update(o.__dict__, prepared=None, rows=o.rows[:0], ids=o.ids[:0], kept={}, gazes={}, gaze=False)
         return self
+
+# %% ../../nbs/data/30_samples.ipynb #c239c36a
+@patch
+def check_readings(self:TwoViewDataset,
+    used, # the pictures that are learnt from
+    logs # their gaze_path
+):
+    "A reading that may be of either of two pictures of the cohort is nobody's; also of one that is not used here"
+    im = self.prepared.cohort.images
+    im = im[im.gaze_path.isin(logs) & im.gaze_path.duplicated(keep=False)]
+    for gaze_path, t in im.groupby('gaze_path'):
+        first = {}
+        for i, name in whose_readings(self.prepared.cohort.file(gaze_path), {i:(i, p) for i,p in zip(t.image_id, t.path)}).items():
+            if first.setdefault(name, i) != i and not {i, first[name]}.isdisjoint(used): raise InputError(gaze_path, 'reading', f'one, for {first[name]} and for {i}', 'a log in which names, or folders, tell pictures apart')
+
+@patch
+def check_reach(self:TwoViewDataset):
+    "Gaze that keeps to a corner of every picture was recorded on smaller ones"
+    if self.gaze_shown_rows is None and len(self.reach) >= 5 and max(self.reach.values()) < .5:
+        raise InputError('TwoViewDataset', 'gaze_shown_rows', f'None, and no look at any of {len(self.reach)} pictures goes beyond {max(self.reach.values()):.0%} of its height or width', 'how many rows high the recorder showed the pictures, or gaze in stored pixels')
 
 # %% ../../nbs/data/30_samples.ipynb #54ee0517
 @patch
@@ -119,12 +138,6 @@ def image(self:TwoViewDataset,
     "A prepared picture"
     if not isinstance(image_id, str): return torch.zeros(1, *self.size)
     return self.kept[image_id] if image_id in self.kept else torch.from_numpy(np.ascontiguousarray(self.prepared.load(image_id).image))
-
-@patch
-def check_reach(self:TwoViewDataset):
-    "Gaze that keeps to a corner of every picture was recorded on smaller ones"
-    if self.gaze_shown_rows is None and len(self.reach) >= 5 and max(self.reach.values()) < .5:
-        raise InputError('TwoViewDataset', 'gaze_shown_rows', f'None, and no look at any of {len(self.reach)} pictures goes beyond {max(self.reach.values()):.0%} of its height or width', 'how many rows high the recorder showed the pictures, or gaze in stored pixels')
 
 @patch
 def draw_gaze(self:TwoViewDataset,
@@ -137,8 +150,6 @@ def draw_gaze(self:TwoViewDataset,
     try: g = read_gaze(self.prepared.cohort.file(gaze_path), self.gaze_hz, shown_rows=self.gaze_shown_rows, shape=pic.stored_shape, image=(image_id, path))
     except NotInLog: return None  # the reader did not come to this picture
     if len(g):
-        other = self.read.setdefault((gaze_path, hash(g.to_numpy().tobytes())), image_id)
-        if other != image_id: raise _one_for_two(gaze_path, other, image_id)
         far = float((g[['row', 'col']].max()/np.array(pic.stored_shape)).max())
         if np.isfinite(far): self.reach[image_id] = far
     if callable(self.gaze): g = self.gaze(image_id, g)
@@ -336,7 +347,6 @@ def two_view_dls(
     tables = [labelled_rows(prepared, s, rows) for s in (train, valid)]
     no_shared_patient(*tables)
     sets = [TwoViewDataset(prepared, t, gaze, gaze_stride, gaze_sigma, gaze_slices, gaze_shown_rows, gaze_hz, in_memory=in_memory, split_idx=i) for i,t in enumerate(tables)]
-    for k in sets[0].read.keys() & sets[1].read.keys(): raise _one_for_two(k[0], sets[0].read[k], sets[1].read[k])
     dls = sample_dls(sets, (TwoViewInputs, TwoViewTargets), bs, Augment() if augment is True else augment, seed, device, num_workers, 'two_view_dls')
     dls.left_out = int(rows.split.isin((train, valid)).sum()) - sum(map(len, tables))
     dls.description = dict(_describe(prepared, tables[0]), train=train, valid=valid)

@@ -71,7 +71,7 @@ def mammonet_learner(
     if seed is not None: seed_everything(seed)
     if model is not None and tuple(model.views) != tuple(v.get('views', VIEW_NAMES)): raise InputError('mammonet_learner', 'model.views', model.views, f'{v.get("views", VIEW_NAMES)}, the views of {variant}')
     if model is not None and model.config['fusion'] and not mu: raise InputError('mammonet_learner', 'model.fusion', True, f'False: {variant} has no fusion learning, and layers without a loss stop the training on several GPUs')
-    if model is not None and model.slices and not scan: raise InputError('mammonet_learner', 'model.slices', model.slices, f'0 in {variant} with scan_weight {scan_weight}: layers without a loss stop the training on several GPUs (`model.scan, model.slices = None, 0` takes them off)')
+    if model is not None and model.slices and not scan: raise InputError('mammonet_learner', 'model.slices', model.slices, f'0 in {variant} with scan_weight {scan_weight}: layers without a loss stop the training on several GPUs (`model.without_scan()` takes them off)')
     if model is None: model = MammoNet(backbone, v.get('views', VIEW_NAMES), stride=stride, pretrained=pretrained, fusion=bool(mu), slices=dls.train_ds.gaze_slices if scan else 0, **(model_args or {}))
     model = model.to(memory_format=torch.channels_last)
     model.description = dict(training=getattr(dls, 'description', None), variant=variant)
@@ -122,6 +122,16 @@ def _plainly(o):
     if isinstance(o, dict): return str({k: _plainly(v) for k, v in sorted(o.items())})
     return getattr(o, '__qualname__', None) or (f'{type(o).__name__} {_plainly(vars(o))}' if hasattr(o, '__dict__') else repr(o))
 
+def _held_out(learn, prepared, rows, name):
+    "AUC of a fold; a training that ended in NaN says nothing, which is worth .5"
+    try: t = predict(learn, prepared, rows=rows, bs=32).query("output == 'probability'")
+    except InputError as e:
+        if e.what != 'answers': raise
+        print(f'choose_weights: {name}: found {e.found}; the training has diverged and counts .5')
+        return .5
+    return float(auc(t.label.to_numpy(), t['value'].to_numpy()))
+
+# %% ../../nbs/learners/20_mammonet.ipynb #ca98edea
 def choose_weights(
     prepared:PreparedCohort, # pictures with a cohort that has splits
     fit, # `fit(dls, gaze_weight=..., fusion_weight=...)` -> trained `Learner` or model
@@ -133,7 +143,7 @@ def choose_weights(
     progress:bool=True, # a progress bar
     **kwargs # go to `two_view_dls`: `gaze=True`, `bs` ...
 )->pd.DataFrame: # gaze_weight, fusion_weight, fold, auc, patients (a hash of who is in which fold, and of the settings of the loaders); best pair: `.groupby([...]).auc.mean().idxmax()`
-    "AUC of every pair of weights on held-out folds of the training patients"
+    "AUC of every pair of weights on held-out folds of the training patients; of a training that diverges .5"
     check_range(folds, 3, 100, 'choose_weights', 'folds', whole=True)
     parts = _folds(prepared, folds, seed)
     who = hashlib.sha256(repr([_plainly(kwargs), *(t[['patient_id', 'split']].to_numpy().tolist() for t in parts)]).encode()).hexdigest()[:12]
@@ -144,7 +154,6 @@ def choose_weights(
     todo = [(l, m, k) for k in range(folds) for l in gaze_weights for m in fusion_weights if (l, m, k) not in known]
     for lam, mu, k in tqdm(todo, desc='weights and folds', disable=not progress):
         learn = fit(two_view_dls(prepared, rows=parts[k], **kwargs), gaze_weight=lam, fusion_weight=mu)
-        t = predict(learn, prepared, rows=parts[k][parts[k].split == 'test'], bs=32).query("output == 'probability'")
-        out.append(dict(gaze_weight=lam, fusion_weight=mu, fold=k, auc=float(auc(t.label.to_numpy(), t['value'].to_numpy())), patients=who))
+        out.append(dict(gaze_weight=lam, fusion_weight=mu, fold=k, auc=_held_out(learn, prepared, parts[k][parts[k].split == 'test'], f'gaze_weight {lam}, fusion_weight {mu}, fold {k}'), patients=who))
         if path is not None: pd.DataFrame(out).to_csv(path, index=False)
     return pd.DataFrame(out)

@@ -68,7 +68,7 @@ def pyramid_loss(
     "How far a network's attention is from a reader's, on several scales (Mammo-Net, Eq. 2)"
     check_in(reduction, ('mean', 'none'), 'pyramid_loss', 'reduction'); check_range(levels, 1, 20, 'pyramid_loss', 'levels', whole=True)
     if len(cam) != len(gaze) or gaze.dim() != 4: raise InputError('pyramid_loss', 'gaze', list(gaze.shape), f'[{len(cam)},K,g,u]')
-    there = (has_gaze > 0).view(-1)
+    there = (has_gaze > 0).view(-1) & (gaze.flatten(1).amax(1) > 0)  # a look at the border may have been moved off the picture
     size = tuple(grid or gaze.shape[2:])
     h = F.interpolate(torch.where(there.view(-1, 1, 1), cam, 0.)[:, None].float(), size, mode='bilinear', align_corners=False)
     r = F.adaptive_avg_pool2d(gaze.sum(1, keepdim=True).float(), size)

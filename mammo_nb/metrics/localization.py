@@ -49,20 +49,20 @@ def positive_attention(
 def localize(
     attention:np.ndarray, # [h,w] any sign; positive: speaks for a lesion
     mask:np.ndarray, # [H,W] the lesion
-    breast:np.ndarray|None=None, # [H,W] where attention counts; `None`: everywhere
+    breast:np.ndarray|None=None, # [H,W] where attention counts, with what of the lesion lies beyond it; `None`: everywhere
     tolerance:float=0., # pixels around the lesion that still count as a hit of the pointing game
     threshold:float=.5 # of the largest value, for `iou`; 0 to 1
 )->dict: # `attention_in_lesion`, `pointing_game`, `iou`, `coverage_auc`; `chance`: the lesion's part of the breast; `silent`: 1 where nothing in the breast speaks for a lesion
     "Four answers to: did it look at the lesion?"
     check_range(tolerance, 0, None, 'localize', 'tolerance'); check_range(threshold, 0, 1, 'localize', 'threshold')
     a, m = _check(attention, mask, 'localize')
-    p = positive_attention(a, m.shape, breast)
     inside = np.ones(m.shape, bool) if breast is None else (np.asarray(breast) > 0) | m
+    p = positive_attention(a, m.shape, inside)
     signed = a if a.shape == m.shape else on_grid(a, m.shape)
     top, over = p == p.max(), p >= threshold*p.max()
     near = ndimage.distance_transform_edt(~m) <= tolerance if tolerance else m
     return dict(attention_in_lesion=float(p[m].sum()), pointing_game=float(near[top].mean()), iou=float((over & m).sum()/(over | m).sum()),
-                coverage_auc=float(auc(m[inside].astype(int), signed[inside])) if not m[inside].all() else float('nan'), chance=float(m.sum()/inside.sum()), silent=float(_speaks(a, m.shape, breast)[0].sum() == 0))
+                coverage_auc=float(auc(m[inside].astype(int), signed[inside])) if not m[inside].all() else float('nan'), chance=float(m.sum()/inside.sum()), silent=float(_speaks(a, m.shape, inside)[0].sum() == 0))
 
 # %% ../../nbs/metrics/20_localization.ipynb #37eecb8c
 def lesion_mask(

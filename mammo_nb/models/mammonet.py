@@ -84,6 +84,11 @@ class MammoNet(nn.Module):
         self.head = FusionHead(channels, len(views), embed, hidden, pool, dropout, fusion)
         self.scan = nn.Conv2d(channels, slices, 1) if slices else None
 
+    def without_scan(self):
+        "The same network without the layer that foretells the order of the looks; the network itself"
+        self.scan, self.slices, self.config['slices'] = None, 0, 0
+        return self
+
     def of(self, parts, i): return parts[i if len(parts) > 1 else 0]  # the part of view i, shared or not
 
 # %% ../../nbs/models/20_mammonet.ipynb #80f75ce0
