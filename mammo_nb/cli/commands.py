@@ -60,7 +60,7 @@ def _list_unanswered(prepared, table, path):
     import pandas as pd
     im, breast = prepared.cohort.images, ['exam_id', 'laterality']
     lost = im[im.image_id.isin(list(prepared.keys)) & ~pd.MultiIndex.from_frame(im[breast]).isin(pd.MultiIndex.from_frame(table[breast]))]
-    if len(lost): _write(pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), lost[['image_id', 'path']].assign(what='answer', found='none about this breast', expected='a view that the model reads')]), path)
+    if len(lost): _write(pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), lost[['image_id', 'path']].assign(what='answer', found='none about this breast', expected='a view that the model reads, and a finite answer')]), path)
     return len(lost)
 
 # %% ../../nbs/cli/01_commands.ipynb #3cee190e

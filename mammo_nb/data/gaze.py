@@ -25,7 +25,8 @@ def _stem(name): return re.sub(r'\.(png|jpe?g|dcm|dicom|tiff?|bmp|pgm|npy)$', ''
 def _lines_of(lines, image, path):
     "The lines of one picture, by its name without ending, and by its folder where two have that name"
     given = [image] if isinstance(image, (str, Path)) else list(image)
-    mine = [l for l in lines if _stem(l[1][0]) in set(map(_stem, given))]
+    stems = set(map(_stem, given))
+    mine = [l for l in lines if _stem(l[1][0]) in stems]
     if not mine: raise NotInLog(path, 'image', ' or '.join(map(str, given)), f'one of the pictures of the log: {", ".join(sorted({_stem(l[1][0]) for l in lines})[:5])}')
     if len({l[1][0] for l in mine}) > 1: mine = [l for l in mine if PureWindowsPath(l[1][0]).parent.name in {PureWindowsPath(str(g)).parent.name for g in given}] or mine
     names = sorted({l[1][0] for l in mine})
@@ -45,13 +46,16 @@ def _reading(parts, path, i):
     except (ValueError, TypeError, SyntaxError, IndexError, ZeroDivisionError, MemoryError, RecursionError) as e: raise InputError(path, f'line {i+1}', f'{";".join(parts)[:60]!r} ({e})', 'points as [[x, y], ...], numbers in brackets') from e
 
 # %% ../../nbs/data/19_gaze.ipynb #3bb508b0
+def _text_lines(path):
+    try: return [(i, l) for i, l in enumerate(Path(path).read_text(encoding='utf-8-sig').splitlines()) if l.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise InputError(path, 'gaze log', f'{type(e).__name__}: {e}', 'a readable MicEye log') from e
+
 def read_miceye(
     path:str|Path, # of the log
     image=None # name or path of a picture (or several names of it): its lines; the ending does not count, the folder where two pictures have one name; `None`: all lines
 )->list: # of dicts: image, label, points [n,2] (row, col; pixels as shown, or stored where `scaled`), boxes, pointer, scaled
     "The readings of a log"
-    try: lines = [(i, l.split(';')) for i, l in enumerate(Path(path).read_text(encoding='utf-8-sig').splitlines()) if l.strip()]
-    except (OSError, UnicodeDecodeError) as e: raise InputError(path, 'gaze log', f'{type(e).__name__}: {e}', 'a readable MicEye log') from e
+    lines = [(i, l.split(';')) for i, l in _text_lines(path)]
     for i, parts in lines:
         if len(parts) != 5: raise InputError(path, f'line {i+1}', f'{len(parts)} fields', '5 fields: path;class;points;boxes;pointer')
     return [_reading(parts, path, i) for i, parts in (lines if image is None else _lines_of(lines, image, path))]
@@ -236,7 +240,7 @@ def find_fixations(
     breaks = np.r_[False, (np.diff(t) > max_gap_ms+dt) | (np.diff(window) != 0)] if len(t) else np.zeros(0, bool)
     least, q = max(1, int(np.ceil(min_ms/dt-1e-6))), p/degree[ok, None]  # degrees
     runs = _by_dispersion(q, breaks, spread_deg, least) if method == 'dispersion' else _by_velocity(q, t, breaks, speed_deg, least) if len(q) else ()
-    return pd.DataFrame([(*p[a:b].mean(0), (b-a)*dt, t[a]) for a, b in runs], columns=['row', 'col', 'duration_ms', 'start_ms'])
+    return pd.DataFrame([(*p[a:b].mean(0), (b-a)*dt, t[a]) for a, b in runs], columns=['row', 'col', 'duration_ms', 'start_ms'], dtype=float)
 
 # %% ../../nbs/data/19_gaze.ipynb #d9efe252
 def draw_scanpath(
@@ -296,10 +300,12 @@ def whose_readings(
     pictures:dict # image_id -> its names, as `read_gaze` takes them
 )->dict: # image_id -> its name in the log ('' in a table, which is of whoever asks); none where the log has no reading that is surely of this picture
     "The reading that each of several pictures would get: one name for two of them is a log that cannot tell them apart"
-    if not _is_log(path): return dict.fromkeys(pictures, '')
-    lines, out = [(0, [name]) for name in sorted({l.split(';')[0] for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l.strip()})], {}
+    if not _is_log(path): return dict.fromkeys(pictures, '') if len(read_gaze(path)) else {}
+    lines, out = {}, {}
+    for name in sorted({l.split(';')[0] for _, l in _text_lines(path)}): lines.setdefault(_stem(name), []).append((0, [name]))
     for i, names in pictures.items():
-        try: out[i] = _lines_of(lines, names, path)[0][1][0]
+        mine = [l for k in sorted({_stem(n) for n in ([names] if isinstance(names, (str, Path)) else names)}) for l in lines.get(k, ())]
+        try: out[i] = _lines_of(mine, names, path)[0][1][0]
         except InputError: continue  # `read_gaze` says so to who asks for this picture
     return out
 

@@ -122,7 +122,7 @@ def check_readings(self:TwoViewDataset,
     for gaze_path, t in im.groupby('gaze_path'):
         first = {}
         for i, name in whose_readings(self.prepared.cohort.file(gaze_path), {i:(i, p) for i,p in zip(t.image_id, t.path)}).items():
-            if first.setdefault(name, i) != i and not {i, first[name]}.isdisjoint(used): raise InputError(gaze_path, 'reading', f'one, for {first[name]} and for {i}', 'a log in which names, or folders, tell pictures apart')
+            if first.setdefault(name, i) != i and not {i, first[name]}.isdisjoint(used): raise InputError(gaze_path, 'reading', f'one, for {first[name]} and for {i}', 'a log in which names, or folders, tell pictures apart, and no gaze_path for a picture that was not read')
 
 @patch
 def check_reach(self:TwoViewDataset):

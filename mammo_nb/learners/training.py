@@ -80,6 +80,9 @@ class WarmUp(Callback):
         steps:int # batches
     ): self.steps, self.full = check_range(steps, 0, None, 'WarmUp', 'steps', whole=True), None
 
+    def before_fit(self):
+        if _fitting(self.learn): self.full = None  # also where the last fit ended in an error
+
     def before_batch(self):
         if not (self.training and _fitting(self.learn)): return
         done = round(self.pct_train*self.n_epoch*self.n_iter)  # batches of the whole training

@@ -111,7 +111,7 @@ def model_version(
 
 def _left_out(rows, asked, answers):
     "Say which breasts a table of predictions has no row about; refuse one without any. `asked`: those of `rows` with a picture"
-    silent, key = asked[np.isnan(answers)], ['exam_id', 'laterality']
+    silent, key = asked[np.isnan(answers)], [c for c in ('exam_id', 'laterality') if c in rows]
     if len(silent) == len(asked): raise InputError('predict', 'answers', f'NaN for all {len(asked)} breasts', 'breasts with a view that the model reads, and weights that have not diverged')
     unseen = rows[~pd.MultiIndex.from_frame(rows[key]).isin(pd.MultiIndex.from_frame(asked[key]))]
     for lost, why in ((silent, 'no answer: the model reads none of their views, or says NaN'), (unseen, 'no prepared picture')):

@@ -86,10 +86,10 @@ def scanpath_loss(
     "Divergence of the predicted path from the reader's, part by part"
     check_in(reduction, ('mean', 'none'), 'scanpath_loss', 'reduction')
     if maps.shape[:2] != gaze.shape[:2]: raise InputError('scanpath_loss', 'slices', f'maps {list(maps.shape)}, gaze {list(gaze.shape)}', 'the same number of breasts and of parts')
-    there = (has_gaze > 0).view(-1)
     r = F.adaptive_avg_pool2d(gaze.float(), maps.shape[2:]).flatten(2)
     mass = r.sum(2, keepdim=True)
     r, looked = r/mass.clamp(min=1e-12), mass[..., 0] > 0
+    there = (has_gaze > 0).view(-1) & looked.any(1)  # a reading may have been moved off the picture
     p = torch.where(there.view(-1, 1, 1, 1), maps, 0.).float().flatten(2).log_softmax(2)
     kl = (torch.xlogy(r, r)-r*p).sum(2)*looked
     each = kl.sum(1)/looked.sum(1).clamp(min=1)*there
