@@ -111,9 +111,10 @@ def model_version(
 
 def _left_out(rows, asked, answers):
     "Say which breasts a table of predictions has no row about; refuse one without any. `asked`: those of `rows` with a picture"
-    silent, key = asked[np.isnan(answers)], [c for c in ('exam_id', 'laterality') if c in rows]
+    silent, ids = asked[np.isnan(answers)], [f'image_id_{v}' for v in VIEW_NAMES]
+    key = [*([] if 'exam_id' in rows else ['patient_id']), *(c for c in ('exam_id', 'laterality') if c in rows)]
     if len(silent) == len(asked): raise InputError('predict', 'answers', f'NaN for all {len(asked)} breasts', 'breasts with a view that the model reads, and weights that have not diverged')
-    unseen = rows[~pd.MultiIndex.from_frame(rows[key]).isin(pd.MultiIndex.from_frame(asked[key]))]
+    unseen = rows[~(rows[ids].isin(asked[ids].to_numpy().ravel()) & rows[ids].notna()).any(axis=1)]
     for lost, why in ((silent, 'no answer: the model reads none of their views, or says NaN'), (unseen, 'no prepared picture')):
         if len(lost): print(f'predict: {len(lost)} of {len(rows)} breasts have no row ({why}): {", ".join(" ".join(map(str, r)) for r in lost[key].head(5).to_numpy())}{" ..." if len(lost) > 5 else ""}')
 
