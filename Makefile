@@ -37,7 +37,7 @@ test: $(STAMP)
 docs: $(STAMP)
 	@command -v quarto >/dev/null || { echo "make docs: Quarto is not installed. Install it from https://quarto.org/docs/get-started and run make docs again."; exit 1; }
 	@$(BIN)/python .ci/readme.py
-	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+	@$(BIN)/python .ci/docs.py
 	@test -f _docs/index.html || { echo "make docs: Quarto made no _docs/index.html"; exit 1; }
 
 bench: $(STAMP)

@@ -1,16 +1,37 @@
-"Runs one benchmark, or lists them: `make bench NAME=prepare SEED=1`."
-import ast, subprocess, sys
+"Run one benchmark, or list them: `make bench NAME=prepare SEED=1`."
+import ast
+import subprocess
+import sys
 from pathlib import Path
 
-def main(name, seed):
-    here = Path(__file__).resolve().parents[1]
-    known = {p.stem: p for p in sorted((here/'benchmarks').glob('[!_]*.py'))}
-    if name in known:
-        return subprocess.call([sys.executable, str(known[name]), *(['--seed', seed] if seed else [])], cwd=here)
-    print(f'make bench: no benchmark is called {name!r}.' if name else 'make bench NAME=x [SEED=n] runs one of:')
-    for k, p in known.items():
-        print(f'  {k:12} {(ast.get_docstring(ast.parse(p.read_text(encoding="utf-8"))) or "").strip().splitlines()[0]}')
-    if not known: print('  (there is none yet)')
-    return 1 if name else 0
+ROOT = Path(__file__).resolve().parents[1]
 
-if __name__ == '__main__': sys.exit(main(*(sys.argv[1:] + ['', ''])[:2]))
+def list_benchmarks():
+    "Name -> script"
+    scripts = sorted((ROOT/'benchmarks').glob('[!_]*.py'))
+    return {script.stem: script for script in scripts}
+
+def first_line(script):
+    "The first line of the docstring of a script"
+    docstring = ast.get_docstring(ast.parse(script.read_text(encoding='utf-8')))
+    return (docstring or '').strip().partition('\n')[0]
+
+def print_list(name, scripts):
+    "Print what can be run"
+    if name:
+        print(f'make bench: no benchmark is called {name!r}.')
+    else:
+        print('make bench NAME=x [SEED=n] runs one of:')
+    for known, script in scripts.items():
+        print(f'  {known:12} {first_line(script)}')
+
+def main(name='', seed=''):
+    scripts = list_benchmarks()
+    if name not in scripts:
+        print_list(name, scripts)
+        return 1 if name else 0
+    arguments = ['--seed', seed] if seed else []
+    return subprocess.call([sys.executable, str(scripts[name]), *arguments], cwd=ROOT)
+
+if __name__ == '__main__':
+    sys.exit(main(*sys.argv[1:3]))

@@ -14,7 +14,8 @@ def directive(s, name):
     return m and m[1].strip()
 
 def relink(text):
-    "Links to pages beside the index, seen from the top folder"
+    "Links to pages beside the index, seen from the top folder; attributes of figures are for Quarto only"
+    text = re.sub(r'!\[[^\]]*\]\(([^)]*)\)\{fig-alt="([^"]*)"\}', r'![\2](\1)', text)
     return re.sub(r'(\]\()(?![a-z]+:|#|/)([^)\s]+\))', r'\1nbs/\2', text)
 
 def text_of(v): return ''.join(v) if isinstance(v, list) else v

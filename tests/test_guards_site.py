@@ -1,38 +1,78 @@
-"The site: one place for its settings, every page in the sidebar, every internal link alive, and nbdev can process every page."
-import json, os, re
+"""The site: one place for its settings, every page in the sidebar, links that lead somewhere, figures with text.
+
+Where Quarto is on the PATH, a few pages are rendered and looked at (a minute); `make docs` renders all, and
+`tests/site_check.py` looks at what it made.
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+
 import pytest
 import yaml
 from repo import ROOT, copy_tree, files, nbdev, notebooks, read
+from site_check import Page, faults
 
 QUARTO = yaml.safe_load((ROOT/'_quarto.yml').read_text())
 
+
+def load_docs():
+    spec = spec_from_file_location('docs', ROOT/'.ci/docs.py')
+    docs = module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    return docs
+
+
+DOCS = load_docs()
+
 # ---- the sidebar
 
-def pages(contents):
+def sections(contents):
+    "The lists of pages and patterns in a sidebar"
+    if isinstance(contents, str):
+        yield [contents]
+        return
+    here = [item for item in contents if isinstance(item, str)]
+    if here:
+        yield here
     for item in contents:
-        if isinstance(item, str): yield item
-        else: yield from pages(item.get('contents', [])); yield from [item['href']] if 'href' in item else []
+        if isinstance(item, dict):
+            yield from sections(item.get('contents', []))
 
 def sidebar_faults(contents, there):
-    listed = list(pages(contents))
-    yield from (f'not in the sidebar: {p}' for p in sorted(set(there) - set(listed)))
-    yield from (f'in the sidebar, but there is no such page: {p}' for p in sorted(set(listed) - set(there)))
-    yield from (f'twice in the sidebar: {p}' for p in sorted(set(listed)) if listed.count(p) > 1)
-    for folder in dict.fromkeys(str(Path(p).parent) for p in listed):
-        names = [p for p in listed if str(Path(p).parent) == folder]
-        if names != sorted(names): yield f'{folder} is not in reading order'
+    "Pages that the sidebar does not reach, entries without page, sections that are out of order"
+    entries = [entry for section in sections(contents) for entry in section]
+    reached = {page for entry in entries for page in there if fnmatch(page, entry) and page.count('/') == entry.count('/')}
+    yield from (f'not in the sidebar: {p}' for p in sorted(set(there) - reached))
+    for entry in entries:
+        if not any(fnmatch(page, entry) for page in there):
+            yield f'in the sidebar, but there is no such page: {entry}'
+    for section in sections(contents):
+        yield from (f'twice in a section: {e}' for e in sorted(set(section)) if section.count(e) > 1)
 
 def site_pages():
     nbs = ROOT/'nbs'
     return [str(p.relative_to(nbs)) for p in notebooks()] + [n.removeprefix('nbs/') for n in files() if n.startswith('nbs/') and n.endswith('.qmd')]
 
-def test_every_page_is_in_the_sidebar(): assert list(sidebar_faults(QUARTO['website']['sidebar']['contents'], site_pages())) == []
+def test_every_page_is_in_the_sidebar():
+    assert list(sidebar_faults(QUARTO['website']['sidebar']['contents'], site_pages())) == []
 
 @pytest.mark.parametrize('contents, fault', [
-    (['a/01_x.ipynb'], 'not in the sidebar: a/02_y.ipynb'), (['a/01_x.ipynb', 'a/02_y.ipynb', 'a/03_z.ipynb'], 'no such page: a/03_z.ipynb'),
-    ([{'section': 'a', 'contents': ['a/02_y.ipynb', 'a/01_x.ipynb']}], 'a is not in reading order'), (['a/01_x.ipynb', 'a/01_x.ipynb', 'a/02_y.ipynb'], 'twice')])
-def test_a_bad_sidebar_is_seen(contents, fault): assert any(fault in f for f in sidebar_faults(contents, ['a/01_x.ipynb', 'a/02_y.ipynb']))
+    (['a/01_x.ipynb'], 'not in the sidebar: a/02_y.ipynb'),
+    (['a/*.ipynb', 'a/03_z.ipynb'], 'no such page: a/03_z.ipynb'),
+    ([{'section': 'b', 'contents': 'b/*.ipynb'}, 'a/*.ipynb'], 'no such page: b/*.ipynb'),
+    (['a/01_x.ipynb', 'a/01_x.ipynb', 'a/02_y.ipynb'], 'twice')])
+def test_a_bad_sidebar_is_seen(contents, fault):
+    assert any(fault in f for f in sidebar_faults(contents, ['a/01_x.ipynb', 'a/02_y.ipynb']))
+
+def test_the_sidebar_begins_with_what_a_reader_needs():
+    names = [item['section'] for item in QUARTO['website']['sidebar']['contents']]
+    assert names == ['Start', 'Tutorials', 'Concepts', 'Systems', 'API', 'Internals']
 
 def test_one_place():
     link = ROOT/'nbs/_quarto.yml'
@@ -121,3 +161,60 @@ def test_the_settings_arrive(processed):
     title = yaml.safe_load((tree/'nbs/nbdev.yml').read_text())
     assert title['website']['title'] == 'mammo_nb' and title['project']['output-dir'] == '_docs'
     assert (tree/'_proc/nbdev.yml').exists() and (tree/'_proc/styles.css').exists()
+
+# ---- what is mended between nbdev and Quarto
+
+ADDRESS = 'https://site.org/lib/'
+
+@pytest.mark.parametrize('text, mended', [
+    ('see [`f`](https://site.org/lib/a/f.html#f)', 'see [`f`](../a/f.html#f)'),
+    ('[the [`f`](https://x.org/f) page](f.ipynb)', '[the `f` page](f.ipynb)'),
+    ('[[`f`](https://x.org/f)](f.ipynb)', '[`f`](f.ipynb)'),
+    ('[a](b.ipynb) and [`f`](https://x.org/f)', '[a](b.ipynb) and [`f`](https://x.org/f)'),
+    ('```python\ndef g(\n  x, # see [`f`](https://x.org/f)\n```', '```python\ndef g(\n  x, # see `f`\n```'),
+    ('## Use [`f`](https://x.org/f)', '## Use `f`'),
+    ('a [`_private`](https://x.org/f)', 'a `_private`'),
+    ('a [`C.__init__`](https://x.org/f)', 'a [`C.__init__`](https://x.org/f)'),
+    ('`x[0](1)`', '`x[0](1)`')])
+def test_what_quarto_cannot_read_is_mended(text, mended):
+    assert DOCS.mend(text, 'b/01_page.ipynb', ADDRESS) == mended
+
+def test_a_page_names_its_module():
+    cells = [dict(source=['#| default_exp core.errors'])]
+    assert '`mammo_nb.core.errors`' in DOCS.module_line(cells)
+    assert DOCS.module_line([dict(source='x = 1')]) is None
+
+# ---- the rendered site
+
+PAGE = '<html><body><a href="b.html#there">b</a><main>{}</main></body></html>'
+FIGURE = '<figure><img src="p.png" alt="A drawing"><figcaption>A drawing</figcaption></figure>'
+
+@pytest.mark.parametrize('body, fault', [
+    (FIGURE, None),
+    ('<p>[a](b.html)</p>', 'raw Markdown'),
+    ('<p>::: {.note}</p>', 'raw Markdown'),
+    ('<pre><code># see [`f`](https://x.org)</code></pre>', 'link in code'),
+    ('<code>x[0](1)</code>', None),
+    ('<a href="c.html">c</a>', 'dead link c.html'),
+    ('<a href="b.html#nowhere">b</a>', 'dead anchor b.html#nowhere'),
+    ('<img src="p.png" alt="A drawing">', 'no caption'),
+    (FIGURE.replace('A drawing"', '"'), 'no alternative text'),
+    ('<table><tr><td>...</td></tr></table>', 'ellipsis')])
+def test_a_fault_of_the_site_is_seen(tmp_path, body, fault):
+    (tmp_path/'a.html').write_text(PAGE.format(body))
+    (tmp_path/'b.html').write_text('<html><body><h2 id="there">b</h2></body></html>')
+    found = list(faults(tmp_path))
+    assert found == [] if fault is None else any(fault in f for f in found)
+
+RENDERED = ('index.ipynb', 'core/01_errors.ipynb', 'start/10_references.qmd')
+
+@pytest.mark.skipif(not shutil.which('quarto'), reason='Quarto is not on the PATH; make docs says where to get it')
+def test_pages_render(processed):
+    "Links to pages that are not rendered here are dead, so only the rest is looked at"
+    tree, _ = processed
+    DOCS.mend_pages(tree)
+    for page in RENDERED:
+        subprocess.run(['quarto', 'render', page, '--to', 'html'], cwd=tree/'_proc', check=True, capture_output=True)
+    site = tree/'_proc'/'_docs'
+    assert [f for f in faults(site) if 'dead ' not in f] == []
+    assert 'inputerror' in Page((site/'core/errors.html').read_text()).ids

@@ -15,12 +15,15 @@ from fastai.learner import load_learner
 from fastai.metrics import RocAucMulti, accuracy_multi
 from mammo_nb.core.errors import InputError
 from mammo_nb.core.seeding import rng_for, seed_everything
-from mammo_nb.data.cohort import Cohort
-from mammo_nb.data.prepare import PrepareConfig
-from mammo_nb.data.samples import Augment, TwoViewInputs, TwoViewTargets, two_view_dls
-from mammo_nb.learners.callbacks import auc_metric
-from mammo_nb.learners.two_view import TwoViewLoss, load_model, model_version, predict, save_model, two_view_learner
-from mammo_nb.metrics.classification import auc
+from mammo_nb.cohort.cohort import Cohort
+from mammo_nb.preparation.prepare import PrepareConfig
+from mammo_nb.samples.augment import Augment
+from mammo_nb.samples.two_view import TwoViewInputs, TwoViewTargets, two_view_dls
+from mammo_nb.learners.outputs import auc_metric
+from mammo_nb.learners.two_view import TwoViewLoss, two_view_learner
+from mammo_nb.learners.systems import evaluate, load_model, predict
+from mammo_nb.core.hub import model_version
+from mammo_nb.metrics.weighted import auc
 from mammo_nb.models.two_view import TwoViewNet
 
 SIZE = (64, 48)
@@ -177,7 +180,7 @@ def test_shows(trained):
     with trained.no_bar(): trained.show_results(max_n=3)
     titles = [[a.get_title() for a in plt.figure(n).axes if a.get_title()] for n in plt.get_fignums()]
     assert [len(t) for t in titles] == [4, 2, 3]
-    assert all(t.split(' | ')[0] in ('cancer', 'no cancer') and ' said 0.' in t or ' said 1.' in t for t in titles[2])
+    assert all(t.split(' | ')[0] in ('cancer', 'no cancer') and ' predicted 0.' in t or ' predicted 1.' in t for t in titles[2])
     plt.close('all')
 
 def test_batches_keep_their_class(trained):
@@ -205,7 +208,7 @@ def test_export_and_resume(trained, pictures, tmp_path, make):
     other.fit(1)
 
 def test_a_frozen_encoder_does_not_move(make):
-    learn = make(backbone='tf_efficientnet_lite0', pretrained=True, stride=8, freeze=True)
+    learn = make(encoder='tf_efficientnet_lite0', pretrained=True, stride=8, freeze_encoder=True)
     before = copy.deepcopy(learn.model.state_dict())
     learn.fit_one_cycle(2, 1e-2)
     after = learn.model.state_dict()
@@ -214,7 +217,7 @@ def test_a_frozen_encoder_does_not_move(make):
     assert sum(k.startswith('encoder.') for k in after) > 40
 
 def test_an_unfrozen_encoder_does_move(make):
-    learn = make(backbone='test_resnet')
+    learn = make(encoder='test_resnet')
     before = copy.deepcopy(learn.model.state_dict())
     learn.fit(1)
     assert any(not torch.equal(v, before[k]) for k, v in learn.model.state_dict().items() if 'running_mean' in k)
@@ -262,48 +265,88 @@ def test_gaze_moves_with_the_picture():
     same = Augment()((x, y), split_idx=1)
     assert torch.equal(same[0]['image_cc'], x['image_cc'])  # validation is left alone
 
-# model files
+# model folders
 
 @pytest.fixture
-def saved(trained, tmp_path): return save_model(trained, tmp_path/'m'/'two_view')
+def saved(trained, tmp_path):
+    return trained.model.save_pretrained(tmp_path/'m'/'two_view')
 
-def edit(path, **changes):
-    d = json.loads(path.read_text()); d.update(changes); path.write_text(json.dumps(d))
 
-def test_a_model_comes_back_from_its_file(saved, trained, pictures):
-    for name in (saved, saved.with_suffix(''), saved.with_suffix('.safetensors')):
-        assert model_version(load_model(name)) == model_version(trained.model) == json.loads(saved.read_text())['version']
-    assert np.allclose(predict(load_model(saved), pictures).value, predict(trained, pictures).value, atol=1e-6)
-    assert sorted(p.name for p in saved.parent.iterdir()) == ['two_view.json', 'two_view.safetensors']
+def edit(folder, own=None, **changes):
+    "Change arguments, or the entry `mammo_nb`, of a configuration"
+    path = folder/'config.json'
+    config = json.loads(path.read_text())
+    config.update(changes)
+    config['mammo_nb'].update(own or {})
+    path.write_text(json.dumps(config))
 
-@pytest.mark.parametrize('changes,said', [
-    (dict(format=99), 'format, system: found 99'),
-    (dict(system='lmvnet'), 'found 1, lmvnet'),
-    (dict(config=dict(backbone='no_such_net')), 'no_such_net'),
-    (dict(config=dict(backbone='small', width=8)), 'config: found'),
-    (dict(config=dict(backbone='small', lambda_=1)), 'lambda_'),
-    (dict(config=None), 'description'),
-    (dict(weights_sha256='0'*64), 'checksum'),
-])
-def test_descriptions_that_do_not_fit(saved, changes, said):
-    edit(saved, **changes)
-    with pytest.raises(InputError, match=said.replace('(', r'\(')): load_model(saved)
+
+def test_a_model_comes_back_from_its_folder(saved, trained, pictures):
+    version = json.loads((saved/'config.json').read_text())['mammo_nb']['version']
+    assert model_version(load_model(saved)) == model_version(trained.model) == version
+    again = predict(load_model(saved), pictures)
+    assert np.allclose(again.value, predict(trained, pictures).value, atol=1e-6)
+    assert sorted(p.name for p in saved.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+
+
+def test_the_model_card_tells_the_cohort_and_the_metrics(trained, pictures, tmp_path):
+    metrics = evaluate(predict(trained, pictures, split='test'), n_boot=20)
+    text = (trained.model.save_pretrained(tmp_path/'card', metrics=metrics)/'README.md').read_text()
+    for part in ('rows_sha256', 'patients', 'auc', 'ci_low', 'not for clinical use'): assert part in text
+
+
+@pytest.mark.parametrize('own, changes, part', [
+    (dict(format=99), {}, 'format: found 99'),
+    (dict(system='five_views'), {}, "found 'five_views'"),
+    (dict(model='NoSuchNet'), {}, 'NoSuchNet'),
+    ({}, dict(encoder='no_such_net'), 'no_such_net'),
+    ({}, dict(width=9), 'weights: found'),
+    ({}, dict(lambda_=1), 'lambda_'),
+    (dict(weights_sha256='0'*64), {}, 'checksum')])
+def test_configurations_that_do_not_fit(saved, own, changes, part):
+    edit(saved, own, **changes)
+    with pytest.raises(InputError, match=part): load_model(saved)
+
+
+def test_a_configuration_without_the_librarys_entry(saved):
+    (saved/'config.json').write_text('{}')
+    with pytest.raises(InputError, match='configuration'): load_model(saved)
+
 
 def test_weights_that_are_something_else(saved):
-    import hashlib, pickle
-    w = saved.with_suffix('.safetensors')
+    import hashlib
+    import pickle
+    weights = saved/'model.safetensors'
     for content in (b'', b'\x00'*100, pickle.dumps(print)):
-        w.write_bytes(content); edit(saved, weights_sha256=hashlib.sha256(content).hexdigest())
-        with pytest.raises(InputError, match='two_view.json'): load_model(saved)
-    w.unlink()
-    with pytest.raises(InputError, match='found nothing'): load_model(saved)
+        weights.write_bytes(content)
+        edit(saved, dict(weights_sha256=hashlib.sha256(content).hexdigest()))
+        with pytest.raises(InputError, match='model.safetensors'): load_model(saved)
+    weights.unlink()
+    with pytest.raises(InputError, match='no such file'): load_model(saved)
 
-def test_a_model_without_a_name_is_not_saved(tmp_path):
-    with pytest.raises(InputError, match='named|name of a backbone'): save_model(TwoViewNet(TwoViewNet().encoder), tmp_path/'m')
+
+def test_a_model_with_an_encoder_of_its_own_is_not_saved(tmp_path):
+    with pytest.raises(InputError, match='cannot be rebuilt'): TwoViewNet(TwoViewNet().encoder).save_pretrained(tmp_path/'m')
+    assert not (tmp_path/'m').exists()
+
 
 def test_pretrained_weights_are_not_needed_to_load(make, tmp_path, monkeypatch):
-    learn = make(backbone='tf_efficientnet_lite0', pretrained=True)
-    save_model(learn, tmp_path/'lite')
-    import mammo_nb.models.backbones as b
+    learn = make(encoder='tf_efficientnet_lite0', pretrained=True)
+    learn.model.save_pretrained(tmp_path/'lite')
+    import mammo_nb.models.backbone as b
     monkeypatch.setattr(b, 'lite0_weights', lambda *a: pytest.fail('asked for pretrained weights'))
     assert model_version(load_model(tmp_path/'lite')) == model_version(learn.model)
+
+
+def test_push_to_hub_uploads_the_folder(trained, monkeypatch):
+    "The hub is replaced: what would be uploaded is looked at"
+    from types import SimpleNamespace as Namespace
+    import huggingface_hub.hub_mixin as hub
+    uploads = []
+    def upload(folder_path, **kwargs):
+        uploads.append((kwargs['repo_id'], sorted(p.name for p in folder_path.iterdir())))
+        return 'https://huggingface.co/owner/name/commit/1'
+    api = Namespace(create_repo=lambda repo_id, **kwargs: Namespace(repo_id=repo_id), upload_folder=upload)
+    monkeypatch.setattr(hub, 'HfApi', lambda **kwargs: api)
+    trained.model.push_to_hub('owner/name', metrics=[dict(metric='auc', value=.9)])
+    assert uploads == [('owner/name', ['README.md', 'config.json', 'model.safetensors'])]

@@ -7,21 +7,23 @@ from torch.nn import functional as F
 import mammo_nb.core.fastai_import
 from fastai import distributed  # gives learners `to_parallel`
 from mammo_nb.core.seeding import seed_everything
-from mammo_nb.data.cache import prepare_cohort
-from mammo_nb.data.cohort import breasts
-from mammo_nb.data.gaze import disturb_gaze, find_fixations, gaze_to_heatmap, read_gaze
-from mammo_nb.data.insilico import insilico_cohort, write_insilico
-from mammo_nb.data.prepare import PrepareConfig
-from mammo_nb.data.samples import Augment, TwoViewDataset, two_view_dls
+from mammo_nb.preparation.prepared_cohort import prepare_cohort
+from mammo_nb.cohort.exams import breast_table
+from mammo_nb.gaze.heatmap import perturb_gaze, gaze_to_heatmap
+from mammo_nb.gaze.fixations import find_fixations
+from mammo_nb.gaze.readings import read_gaze
+from mammo_nb.insilico.files import insilico_cohort, write_insilico
+from mammo_nb.preparation.prepare import PrepareConfig
+from mammo_nb.samples.augment import Augment
+from mammo_nb.samples.two_view import TwoViewDataset, TwoViewInputs, TwoViewTargets, two_view_dls
 from mammo_nb.learners.mammonet import attention_maps, mammonet_learner
-from mammo_nb.learners.two_view import predict
-from mammo_nb.losses.attention import gaussian_pyramid, grad_cam, pyramid_loss, scanpath_loss
+from mammo_nb.learners.systems import predict
+from mammo_nb.losses.attention import gaussian_pyramid, pyramid_loss, scanpath_loss
 from mammo_nb.losses.contrastive import bidirectional_fusion_loss
 from mammo_nb.losses.mammonet import MammoNetLoss
-from mammo_nb.models.blocks import CrossViewAttention
 from mammo_nb.models.mammonet import MammoNet
 
-SMALL = dict(backbone='small', stride=8, model_args=dict(width=8, heads=2, head_dim=8, embed=16, hidden=8))
+SMALL = dict(encoder='small', stride=8, model_args=dict(width=8, heads=2, head_dim=8, embed=16, hidden=8))
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
@@ -39,7 +41,7 @@ def test_fusion_loss_cannot_be_beaten(b):
         loss = bidirectional_fusion_loss(x, x); opt.zero_grad(); loss.backward(); opt.step()
     assert best-1e-5 < float(loss.detach()) < best+.02  # an optimiser comes to the bound from above, and stays there
 
-CASES = [(d, t) for d in ('paper', 'mmim', 'symmetric') for t in (None, (1., 0., 1., 1., 0., 1., 1., 1.), (1., 1., 0., 1., 0., 0., 0., 0.))]  # the last: one process has no such view at all
+CASES = [(d, t) for d in ('fused_to_view', 'view_to_fused', 'symmetric') for t in (None, (1., 0., 1., 1., 0., 1., 1., 1.), (1., 1., 0., 1., 0., 0., 0., 0.))]  # the last: one process has no such view at all
 
 def _worker(rank, path, out):
     torch.distributed.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
@@ -123,65 +125,6 @@ def test_pyramid_loss_in_half_precision_and_with_extreme_units():
     for scale in (1e-12, 1e12): assert torch.isclose(pyramid_loss(h*scale, r, has), want, rtol=1e-3)
     assert torch.isclose(pyramid_loss(h.half(), r, has), want, rtol=2e-2)
 
-@pytest.mark.parametrize('project', [False, True])
-def test_cross_view_attention_of_nothing_is_the_norm(project):
-    seed_everything(0); a = CrossViewAttention(12, 3, 4, project_values=project).eval()
-    x, y = torch.randn(2, 12, 6, 5), torch.randn(2, 12, 7, 5)
-    assert a(x, y).shape == x.shape and torch.allclose(a.attention_to(x, y, 3).sum((2, 3)), torch.ones(2, 3))
-    nothing = a.norm(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (6, 5))
-    assert torch.allclose(a(x, torch.zeros_like(y)), nothing, atol=1e-6)
-
-@pytest.mark.parametrize('pool', [1, 2])
-def test_weights_of_what_is_taken_home_sum_to_one(pool):
-    "In `forward` itself, where they are never written down: keys differ from cell to cell, values are one constant, so every cell takes home that constant"
-    seed_everything(0); a = CrossViewAttention(12, 3, 4, project_values=True, source_pool=pool).eval()
-    with torch.no_grad(): a.q.weight *= 5; a.v.weight[:, 1:] = 0  # sharp, and values read channel 0 only
-    x, y = torch.randn(2, 12, 6, 5), torch.randn(2, 12, 7, 5)
-    y[:, 0] = 3.
-    w = a.attention_to(x, y, 3)
-    assert w.amax((2, 3)).min() > 1.5*w.mean((2, 3)).max()  # far from even
-    home = a.norm(x.flatten(2).transpose(1, 2) + a.out.weight @ a.v.weight[:, 0]*3).transpose(1, 2).unflatten(2, (6, 5))
-    assert torch.allclose(a(x, y), home, atol=1e-5)
-
-@pytest.mark.parametrize('backbone, stride', [('resnet18', 32), ('tf_efficientnet_lite0', 32), ('small', 8)])
-def test_gradient_of_the_attention_map_reaches_the_first_layer(backbone, stride):
-    seed_everything(0); net = MammoNet(backbone, stride=stride).train()
-    out = net(dict(image_cc=torch.rand(2, 1, 128, 96), image_mlo=torch.rand(2, 1, 128, 96)))
-    assert not out['cam_cc'].isnan().any()
-    pyramid_loss(torch.cat([out['cam_cc'], out['cam_mlo']]), torch.rand(4, 1, 16, 12), torch.ones(4)).backward()
-    for half in net.first: assert next(p for p in half.parameters() if p.dim() == 4).grad.abs().sum() > 0
-    assert all(p.grad is None or not p.grad.any() for p in net.head.parameters())  # its weights are constants
-
-def test_gradient_cam_of_a_linear_head_is_the_classical_map():
-    seed_everything(1); head, f = nn.Linear(7, 1), torch.randn(3, 7, 6, 5, requires_grad=True)
-    cam = grad_cam(head(F.adaptive_avg_pool2d(f, 1).flatten(1))[:, 0], f)
-    assert torch.allclose(cam*30, torch.einsum('c,bchw->bhw', head.weight[0], f), atol=1e-5)
-
-def test_maps_cover_the_picture_exactly(monkeypatch):
-    "75 columns are 9.4 cells of 8: of ten cells the last looks over the border, and the map that is given out does not"
-    import mammo_nb.models.mammonet as module
-    columns = lambda logit, leaves, graph: [torch.zeros_like(o[:, 0]) + torch.arange(o.shape[3])*8. + 4 for o in leaves]  # every cell says its column
-    monkeypatch.setattr(module, 'grad_cam', columns)
-    m = MammoNet('small', stride=8, width=8, heads=2, head_dim=8).eval(); m.shift = 0.
-    cam = m({f'image_{v}': torch.rand(1, 1, 96, 75) for v in ('cc', 'mlo')})['cam_cc']
-    assert cam.shape == (1, 12, 10) and torch.allclose(cam[0, :, 1:-1], ((torch.arange(10)+.5)*7.5)[1:-1].expand(12, 8))
-
-@pytest.mark.parametrize('shared', [False, True])
-def test_views_are_exchanged_before_either_changes(shared):
-    seed_everything(0); net = MammoNet('small', stride=8, width=8, heads=2, head_dim=8, shared=shared).eval()
-    if not shared: net.first[1], net.attend[1], net.last[1] = net.first[0], net.attend[0], net.last[0]
-    a, b = torch.rand(2, 1, 64, 48), torch.rand(2, 1, 64, 48)
-    with torch.no_grad(): (f, g), (h, i) = (net.features(dict(image_cc=x, image_mlo=y))[0] for x, y in ((a, b), (b, a)))
-    assert torch.allclose(f, i, atol=1e-5) and torch.allclose(g, h, atol=1e-5) and not torch.allclose(f, g, atol=1e-3)
-
-def test_the_order_in_which_views_are_named_changes_nothing():
-    x = {f'image_{v}': torch.rand(2, 1, 64, 48, generator=torch.Generator().manual_seed(i)) for i, v in enumerate(('cc', 'mlo'))}
-    def answer(views):
-        seed_everything(0); net = MammoNet('small', views, stride=8, width=8, heads=2, head_dim=8).eval()
-        with torch.no_grad(): return net.config, net(x)
-    (c, a), (d, b) = answer(('cc', 'mlo')), answer(['mlo', 'cc'])
-    assert c == d and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in ('logit', 'fused', 'cam_cc', 'cam_mlo'))
-
 def test_the_gaze_term_survives_half_precision():
     "At the first scale of a gradient scaler, with activation maps as small as those of large pictures"
     for unit in (1., 1e-4, 1e-7):
@@ -193,9 +136,6 @@ def test_the_gaze_term_survives_half_precision():
         for f, x in ((lambda x: pyramid_loss(x, gaze[:, :1], has), cam), (lambda x: scanpath_loss(x, gaze, has), cam[:, None].expand(-1, 3, -1, -1)), (lambda x: bidirectional_fusion_loss(x, gaze[:, 0].flatten(1)), cam.flatten(1))):
             want = grad(f, x, 1., enabled=False)
             assert want.abs().max() > 0 and torch.allclose(grad(f, x, 2.**16), want, rtol=1e-3, atol=float(want.abs().max())*1e-4)
-    seed_everything(0); net = MammoNet('small', stride=8).train()
-    with torch.autocast('cpu', torch.float16): out = net(dict(image_cc=torch.rand(2, 1, 96, 72), image_mlo=torch.rand(2, 1, 96, 72)))
-    assert out['logit'].dtype == out['cam_cc'].dtype == torch.float32
 
 def test_losses_of_single_breasts_and_the_wrapper_of_several_gpus(prepared):
     dls = two_view_dls(prepared, bs=4, gaze=True, seed=0, augment=None)
@@ -225,9 +165,9 @@ def test_gaze_on_pictures_whose_table_knows_the_spacing(tmp_path):
     "PNG files say no spacing, the images table does: the same maps as from DICOM"
     maps = {}
     for kind in ('dicom', 'png'):
-        files = write_insilico(insilico_cohort(6, seed=3, rows=96, cols=72, mm=2.5, exams=1), tmp_path/kind, format=kind, workers=1, progress=False)
+        files = write_insilico(insilico_cohort(6, seed=3, rows=96, cols=72, pixel_spacing_mm=2.5, exams=1), tmp_path/kind, format=kind, workers=1, progress=False)
         p = prepare_cohort(files, tmp_path/f'{kind}_cache', PrepareConfig(size=(64, 48)), workers=1, progress=False)
-        maps[kind] = TwoViewDataset(p, breasts(files), gaze=True).gazes
+        maps[kind] = TwoViewDataset(p, breast_table(files), gaze=True).gaze_maps
     assert maps['png'].keys() == maps['dicom'].keys() and len(maps['png'])
     near = [torch.corrcoef(torch.stack([maps['png'][k].flatten(), g.flatten()]))[0, 1] for k, g in maps['dicom'].items() if g is not None]
     assert min(near) > .95  # the two kinds of file are cropped by a pixel more or less
@@ -238,28 +178,28 @@ def test_one_reading_for_two_pictures(prepared):
     try:
         read_gaze(prepared.cohort.file(was[two[0]])).to_csv(prepared.cohort.root/'one.csv', index=False)
         prepared.cohort.images.loc[two, 'gaze_path'] = 'one.csv'
-        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell pictures apart'): TwoViewDataset(prepared, breasts(prepared.cohort), gaze=True)
+        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell images apart'): TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=True)
         prepared.cohort.images['gaze_path'] = was; split = prepared.cohort.images.split  # also where one is learned from and the other watched
         prepared.cohort.images.loc[[split.eq(k).idxmax() for k in ('train', 'valid')], 'gaze_path'] = 'one.csv'
-        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell pictures apart'): two_view_dls(prepared, bs=4, gaze=True)
+        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell images apart'): two_view_dls(prepared, bs=4, gaze=True)
         prepared.cohort.images['gaze_path'] = was; one, other = (prepared.cohort.images[split == k].iloc[0] for k in ('train', 'test'))  # also where the other is never looked at
         (prepared.cohort.root/'one.csv').write_text(f'D:\\A\\{Path(one.path).stem}.png;1;[[5, 6]];[];(-1, -1)\n')
         for k, (path, twin) in enumerate((('A/', one), ('B/', other))): prepared.cohort.images.loc[twin.name, ['gaze_path', 'path']] = 'one.csv', path + Path(one.path).name
-        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell pictures apart'): two_view_dls(prepared, bs=4, gaze=True)
+        with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell images apart'): two_view_dls(prepared, bs=4, gaze=True)
         prepared.cohort.images.loc[other.name, 'path'] = 'B/another.dcm'; two_view_dls(prepared, bs=4, gaze=True)
     finally: prepared.cohort.images['gaze_path'], prepared.cohort.images['path'] = was, paths
 
 def test_two_readers_of_a_picture(prepared):
     "Each reading is cut into its own parts: the same reading twice teaches the same order as once"
     was, image = prepared.cohort.images.gaze_path.copy(), prepared.cohort.images.iloc[0].image_id
-    g = read_gaze(prepared.cohort.file(was.iloc[0])); part = lambda: TwoViewDataset(prepared, breasts(prepared.cohort), gaze=True, gaze_slices=3).gazes[image]
+    g = read_gaze(prepared.cohort.file(was.iloc[0])); part = lambda: TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=True, gaze_slices=3).gaze_maps[image]
     try:
         once = part(); both = pd.concat([g, g.assign(reading=1)]); both.to_csv(prepared.cohort.root/'both.csv', index=False)
         prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = 'both.csv'
         assert torch.allclose(part(), once, atol=1e-5) and (once[0]-once[2]).abs().max() > .05
         looks = lambda image_id, g: find_fixations(g.assign(time_ms=g.duration_ms.cumsum()), 20)  # a function that makes fixations of them leaves them two
-        ds = TwoViewDataset(prepared, breasts(prepared.cohort), gaze=looks, gaze_slices=3); prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = was.iloc[0]
-        assert torch.allclose(ds.gazes[image], TwoViewDataset(prepared, breasts(prepared.cohort), gaze=looks, gaze_slices=3).gazes[image], atol=1e-5)
+        ds = TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=looks, gaze_slices=3); prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = was.iloc[0]
+        assert torch.allclose(ds.gaze_maps[image], TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=looks, gaze_slices=3).gaze_maps[image], atol=1e-5)
         prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = 'both.csv'
         both.drop(columns='reading').to_csv(prepared.cohort.root/'both.csv', index=False); assert not torch.allclose(part(), once, atol=.05)
     finally: prepared.cohort.images['gaze_path'] = was
@@ -272,7 +212,7 @@ def test_a_window_that_was_not_told(prepared, tmp_path):
             g = read_gaze(prepared.cohort.file(r.gaze_path)); name = f'small_{r.image_id}.csv'
             if k == 0: g = g.assign(row=np.nan, col=np.nan)  # says nothing of the window
             g.assign(row=g.row*.3, col=g.col*.3).to_csv(prepared.cohort.root/name, index=False); prepared.cohort.images.loc[r.Index, 'gaze_path'] = name
-        with pytest.raises(ValueError, match='gaze_shown_rows: found None, and no look at any of'): TwoViewDataset(prepared, breasts(prepared.cohort), gaze=True)
+        with pytest.raises(ValueError, match='gaze_display_rows: found None, and on none of'): TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=True)
     finally: prepared.cohort.images['gaze_path'] = was
 
 def test_a_breast_without_gaze_teaches_by_its_label_only(prepared):
@@ -294,7 +234,8 @@ def test_the_augmented_gaze_is_where_the_augmented_lesion_is(prepared):
     at = lambda p, s: torch.exp(-((torch.arange(96.)[:, None]+.5-p[0])**2+(torch.arange(72.)+.5-p[1])**2)/(2*s*s))
     for v in ('cc', 'mlo'):
         x[f'image_{v}'] = torch.stack([at(p, 3.)[None] for p in spots])
-        y[f'gaze_{v}'] = torch.stack([torch.from_numpy(gaze_to_heatmap([p.tolist()], None, (96, 72), sigma_px=4, stride=4, slices=1)[0]) for p in spots])
+        y[f'gaze_{v}'] = torch.stack([torch.from_numpy(gaze_to_heatmap([p.tolist()], None, (96, 72), sigma_px=4, stride=4, n_slices=1)[0]) for p in spots])
+    x, y = TwoViewInputs(x), TwoViewTargets(y)
     a, b = Augment(rotate=20, shift=.1, scale=.1, gain=0, gamma=0, flip=.5)((x, y), split_idx=0)
     def centre(m):
         m = m[:, 0]; h, w = m.shape[1:]; m = m/m.sum((1, 2), keepdim=True)
@@ -313,11 +254,11 @@ def test_dwell_time_counts_and_nothing_else_changes():
 
 def test_disturbed_gaze_keeps_its_form(prepared):
     g = read_gaze(prepared.cohort.file(prepared.cohort.images.gaze_path[0]))
-    worse = disturb_gaze(g, np.random.default_rng(0), noise=5, keep=.5)
+    worse = perturb_gaze(g, np.random.default_rng(0), noise=5, keep=.5)
     assert list(worse) == list(g) and .3 < len(worse)/len(g) < .7
-    moved = disturb_gaze(g, np.random.default_rng(1), offset=7)[['row', 'col']]-g[['row', 'col']]
+    moved = perturb_gaze(g, np.random.default_rng(1), offset=7)[['row', 'col']]-g[['row', 'col']]
     assert np.allclose(np.hypot(moved.row, moved.col), 7) and moved.row.std() < 1e-9  # all together, in one direction
-    thrown = disturb_gaze(g, np.random.default_rng(2), noise=5)[['row', 'col']]-g[['row', 'col']]
+    thrown = perturb_gaze(g, np.random.default_rng(2), noise=5)[['row', 'col']]-g[['row', 'col']]
     assert np.allclose(thrown.std(), 5, rtol=.25)  # some 200 points: 5 +- 0.25
 
 # -- fastai's machinery
@@ -340,11 +281,11 @@ def test_gaze_works_in_worker_processes(prepared):
     assert torch.equal(one[1]['gaze_cc'], two[1]['gaze_cc']) and one[1]['has_gaze'].all()
 
 def test_the_command_takes_a_mammonet(prepared, tmp_path):
-    from mammo_nb.cli.commands import mammo_predict
-    from mammo_nb.learners.two_view import load_model, save_model
+    from mammo_nb.cli.predict import mammo_predict
+    from mammo_nb.learners.systems import load_model
     import pandas as pd
     learn = mammonet_learner(two_view_dls(prepared, bs=4, gaze=True, seed=0), 'mammonet', **SMALL, seed=0)
-    about = save_model(learn, tmp_path/'m')
+    about = learn.model.save_pretrained(tmp_path/'m')
     want = predict(load_model(about), prepared)
     assert mammo_predict(str(prepared.cohort.root), model=str(about), out=str(tmp_path/'out'), quiet=True) == 0
     got = pd.read_csv(tmp_path/'out/predictions.csv', dtype=dict(patient_id=str, exam_id=str))

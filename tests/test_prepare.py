@@ -1,160 +1,306 @@
-"""Preparing: pixels and map agree, the plain route is matched, masks hold on real film, workers start light."""
-import csv, subprocess, sys
+"""Preparing: pixels and map agree, the plain route is matched, masks hold on real film, wrong input is refused."""
+import csv
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
 from skimage.transform import resize
 from mammo_nb.core.errors import InputError
-from mammo_nb.data.dicom import read_stored
-from mammo_nb.data.dicom_file import write_mammogram
-from mammo_nb.data.prepare import PrepareConfig, plan, prepare
+from mammo_nb.core.geometry import mask_box
+from mammo_nb.dicom.write import write_mammogram
+from mammo_nb.dicom.mammogram import read_stored
+from mammo_nb.cohort.datasets.two_exams import two_exams
+from mammo_nb.insilico.files import insilico_cohort, write_insilico
+from mammo_nb.insilico.config import parse_settings
+from mammo_nb.insilico.ground_truth import truth
+from mammo_nb.preparation.breast_mask import (
+    breast_mask, chest_wall_side, coarse_image, find_film_border
+)
+from mammo_nb.preparation.prepare import PrepareConfig, plan, prepare
+from mammo_nb.preparation.prepared_cohort import prepare_cohort
+from mammo_nb.preparation.resampling import block_mean, sample_matrix
 
 SHARED = Path(__file__).parents[2]/'shared'/'data'
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason='shared/data is not here')
 
 def breast(rows=900, cols=700, side='L', dots=()):
     "A smooth drawn breast with small bright dots at (row, col), for a left breast"
-    y, x = np.mgrid[:rows, :cols]+.5
-    px = 2500*np.clip(1 - (x/(.7*cols))**2 - ((y-.5*rows)/(.42*rows))**2, 0, None)**.4
-    for r, c in dots: px += 1400*np.exp(-((y-r)**2+(x-c)**2)/(2*6**2))
-    px = px.astype(np.uint16)
-    return px if side == 'L' else px[:, ::-1].copy()
+    y, x = np.mgrid[:rows, :cols] + .5
+    pixels = 2500*np.clip(1 - (x/(.7*cols))**2 - ((y-.5*rows)/(.42*rows))**2, 0, None)**.4
+    for row, col in dots:
+        pixels += 1400*np.exp(-((y-row)**2 + (x-col)**2)/(2*6**2))
+    pixels = pixels.astype(np.uint16)
+    return pixels if side == 'L' else pixels[:, ::-1].copy()
+
+@pytest.fixture(scope='module')
+def films():
+    "The eight real films, by patient and view"
+    exams = two_exams()
+    return {f'{r.patient_id} {r.laterality}-{r.view}': read_stored(exams.file(r.image_id)) for r in exams.images.itertuples()}
 
 CONFIGS = [PrepareConfig(), PrepareConfig(crop=False), PrepareConfig(size=(100, 128)), PrepareConfig(size=(1200, 1000)),
            PrepareConfig(size=(1200, 1000), enlarge=True), PrepareConfig(margin=.2), PrepareConfig(size=(640, 640), spacing_mm=.21)]
+
+# ---- the map
 
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda c: c.text)
 @pytest.mark.parametrize('side', 'LR')
 def test_pixels_and_map_agree(tmp_path, side, config):
     "A bright dot is found where the map sends it, to a tenth of a prepared pixel, and comes back"
     dots = np.array([(300.5, 200.), (450., 60.5), (600., 300.)])
-    there = dots if side == 'L' else np.stack([dots[:, 0], 700-dots[:, 1]], 1)
-    stored = read_stored(write_mammogram(tmp_path/'a.dcm', breast(side=side, dots=dots), side, 'CC', pixel_spacing_mm=.1))
-    plain = read_stored(write_mammogram(tmp_path/'b.dcm', breast(side=side), side, 'CC', pixel_spacing_mm=.1))
-    p, q = prepare(stored, side, config), prepare(plain, side, config)
-    assert p.affine == q.affine and p.mirrored == (side == 'R')
+    stored_dots = dots if side == 'L' else np.stack([dots[:, 0], 700-dots[:, 1]], 1)
+    with_dots = read_stored(write_mammogram(tmp_path/'a.dcm', breast(side=side, dots=dots), side, 'CC', pixel_spacing_mm=.1))
+    without = read_stored(write_mammogram(tmp_path/'b.dcm', breast(side=side), side, 'CC', pixel_spacing_mm=.1))
+    p, q = prepare(with_dots, side, config), prepare(without, side, config)
+    assert p.affine == q.affine
+    assert p.mirrored == (side == 'R')
     bump = (p.image - q.image)[0]
-    for want in p.points(there):
-        r, c = (int(v) for v in want)
-        m = int(np.ceil(24*p.scale))
-        part = bump[max(0, r-m):r+m+1, max(0, c-m):c+m+1]
-        got = np.array(ndimage.center_of_mass(part)) + [max(0, r-m), max(0, c-m)] + .5
-        assert np.abs(got-want).max() < max(.1, .15*p.scale), (got, want)
-    assert np.abs(p.back_points(p.points(there)) - there).max() < 1e-6
+    reach = int(np.ceil(24*p.scale))
+    for place in p.points(stored_dots):
+        top, left = (max(0, int(v)-reach) for v in place)
+        bottom, right = (int(v)+reach+1 for v in place)
+        found = np.array(ndimage.center_of_mass(bump[top:bottom, left:right])) + [top+.5, left+.5]
+        assert np.abs(found-place).max() < max(.1, .15*p.scale)
+    assert np.abs(p.inverse_points(p.points(stored_dots)) - stored_dots).max() < 1e-6
 
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda c: c.text)
 @pytest.mark.parametrize('side', 'LR')
 def test_coordinates_come_through(side, config):
     "An image whose values are its own coordinates: every prepared pixel shows where it came from"
-    px = breast(side=side)
+    pixels = breast(side=side)
     config = config if config.spacing_mm is None else PrepareConfig(size=(640, 640))
-    p = prepare(px, side, config)
-    y, x = np.mgrid[:px.shape[0], :px.shape[1]]+.5
-    h, w = p.mask.shape
+    p = prepare(pixels, side, config)
+    y, x = np.mgrid[:pixels.shape[0], :pixels.shape[1]] + .5
     rows, cols = np.nonzero(p.mask)
-    want = p.back_points(np.stack([rows+.5, cols+.5], 1))
-    f = 1/p.scale
-    deep = ((want > 3*f) & (want < np.array(px.shape)-3*f)).all(1)   # reflection bends a ramp at the border of the image
+    places = p.inverse_points(np.stack([rows+.5, cols+.5], 1))
+    factor = 1/p.scale
+    deep = ((places > 3*factor) & (places < np.array(pixels.shape)-3*factor)).all(1) # reflection bends a ramp at the border
     assert deep.sum() > .5*len(deep)
-    got = np.stack([p.image_of(y)[rows, cols], p.image_of(x)[rows, cols]], 1)
-    assert np.abs(got-want)[deep].max() < .02*f
+    found = np.stack([p.transform_image(y)[rows, cols], p.transform_image(x)[rows, cols]], 1)
+    assert np.abs(found-places)[deep].max() < .02*factor
+
+def test_a_mask_lands_where_its_box_lands(films):
+    exams = two_exams()
+    names = {r.image_id: f'{r.patient_id} {r.laterality}-{r.view}' for r in exams.images.itertuples()}
+    for lesion in exams.findings.itertuples():
+        stored = films[names[lesion.image_id]]
+        p = prepare(stored)
+        box = np.array([lesion.xmin, lesion.ymin, lesion.xmax, lesion.ymax], float)
+        x0, y0, x1, y1 = box.astype(int)
+        filled = np.zeros(stored.pixels.shape, np.uint8)
+        filled[y0:y1, x0:x1] = 1
+        assert np.abs(mask_box(p.transform_mask(filled)) - p.boxes([box])[0]).max() <= 1
+
+# ---- the pixels
 
 @pytest.mark.parametrize('shape,size', [((900, 700), (384, 288)), ((2200, 1500), (300, 300)), ((2200, 1500), (640, 480)), ((500, 400), (384, 288))])
 @pytest.mark.parametrize('side', 'LR')
 def test_matches_the_plain_route(shape, size, side):
     "Within 1 % of skimage's anti-aliased resize of the same window, on textured images"
     rng = np.random.default_rng(1)
-    px = breast(*shape, side)
-    px = (px*(1 + .15*np.clip(ndimage.gaussian_filter(rng.standard_normal(shape), 2)*6, -2, 2))).astype(np.uint16)
+    texture = 1 + .15*np.clip(ndimage.gaussian_filter(rng.standard_normal(shape), 2)*6, -2, 2)
+    pixels = (breast(*shape, side)*texture).astype(np.uint16)
     config = PrepareConfig(size=size)
-    p, plan_ = prepare(px, side, config), plan(px, side, config)
-    x0, y0, x1, y1 = plan_.window
-    part = px[y0:y1, x0:x1].astype(np.float64)/65535
-    ref = resize(part[:, ::-1] if plan_.mirror else part, plan_.shape, order=1, anti_aliasing=True)
-    h, w = plan_.shape
-    m = p.mask[:h, :w]
-    assert np.abs(p.image[0, :h, :w]-ref)[m].mean() < .01*ref[m].mean()
+    p, planned = prepare(pixels, side, config), plan(pixels, side, config)
+    x0, y0, x1, y1 = planned.window
+    part = pixels[y0:y1, x0:x1].astype(np.float64)/65535
+    reference = resize(part[:, ::-1] if planned.mirror else part, planned.shape, order=1, anti_aliasing=True)
+    h, w = planned.shape
+    mask = p.mask[:h, :w]
+    assert np.abs(p.image[0, :h, :w]-reference)[mask].mean() < .01*reference[mask].mean()
 
 def test_windows_cut_before_averaging(tmp_path):
-    "A narrow window is not a line over the picture: it must be applied before averaging"
+    "A narrow window is not a line over the image: it must be applied before averaging"
     rng = np.random.default_rng(0)
     noise = ndimage.gaussian_filter(rng.standard_normal((900, 700)), 3)
-    px = np.where(breast() > 0, np.clip(2048 + 1000*noise/noise.std(), 1, 4095), 0).astype(np.uint16)
-    path = write_mammogram(tmp_path/'a.dcm', px, 'L', 'CC', window=(2048, 200))
+    pixels = np.where(breast() > 0, np.clip(2048 + 1000*noise/noise.std(), 1, 4095), 0).astype(np.uint16)
+    path = write_mammogram(tmp_path/'a.dcm', pixels, 'L', 'CC', window=(2048, 200))
     stored, config = read_stored(path), PrepareConfig(size=(160, 120))
     p = prepare(stored, 'L', config)
-    ref = p.image_of(stored.to_unit(stored.pixels, 'voi_lut'))
-    deep = ndimage.binary_erosion(p.mask, iterations=4)  # away from the window's border, where `image_of` sees more
-    assert np.abs(p.image[0]-ref)[deep].max() < 1e-3
-    after = prepare(stored.pixels, 'L', config).image[0]*65535  # averaged first, the window would cut other values
-    assert np.abs(np.clip((after-1948)/199, 0, 1)-ref)[deep].mean() > .02
+    reference = p.transform_image(stored.to_unit(stored.pixels, 'voi_lut'))
+    deep = ndimage.binary_erosion(p.mask, iterations=4) # away from the crop's border, where `transform_image` sees more
+    assert np.abs(p.image[0]-reference)[deep].max() < 1e-3
+    averaged_first = prepare(stored.pixels, 'L', config).image[0]*65535
+    wrong = np.clip((averaged_first-1948)/199, 0, 1)
+    assert np.abs(wrong-reference)[deep].mean() > .02
 
-def test_monochrome1_is_the_same_picture(tmp_path):
-    px = breast()
-    a = prepare(read_stored(write_mammogram(tmp_path/'a.dcm', px, 'L', 'CC')), 'L')
-    b = prepare(read_stored(write_mammogram(tmp_path/'b.dcm', (4095-px).astype(np.uint16), 'L', 'CC', photometric='MONOCHROME1')), 'L')
-    assert (a.mask == b.mask).all() and np.abs(a.image-b.image).max() < 1e-5
+def test_monochrome1_is_the_same_image(tmp_path):
+    pixels = breast()
+    negative = (4095-pixels).astype(np.uint16)
+    a = prepare(read_stored(write_mammogram(tmp_path/'a.dcm', pixels, 'L', 'CC')), 'L')
+    b = prepare(read_stored(write_mammogram(tmp_path/'b.dcm', negative, 'L', 'CC', photometric='MONOCHROME1')), 'L')
+    assert (a.mask == b.mask).all()
+    assert np.abs(a.image-b.image).max() < 1e-5
 
-def test_digital_background_and_constant_fill():
-    "Exact zero around the breast, and a breast that touches three borders"
-    px = breast(600, 300)
-    px[:, :120] = np.maximum(px[:, :120], 1500)  # tissue from top to bottom at the chest wall
-    p = prepare(px, 'L')
-    assert p.mask[:, 0].all() and not p.image[0][~p.mask].any()
-    for bad in (np.full((300, 200), 9, np.uint16), np.zeros((300, 200), np.uint8), np.full((300, 200), np.nan)):
-        with pytest.raises(InputError): prepare(bad, 'L')
+def test_digital_background_is_exactly_zero():
+    "Also for a breast that touches three borders"
+    pixels = breast(600, 300)
+    pixels[:, :120] = np.maximum(pixels[:, :120], 1500)
+    p = prepare(pixels, 'L')
+    assert p.mask[:, 0].all()
+    assert not p.image[0][~p.mask].any()
+
+def test_nothing_is_enlarged_unless_asked():
+    small = breast(300, 200)
+    assert prepare(small, 'L').scale == 1
+    assert prepare(small, 'L', PrepareConfig(enlarge=True)).scale > 1
+
+def test_the_whole_film_without_a_crop():
+    p = prepare(breast(1200, 800), 'L', PrepareConfig(crop=False))
+    assert np.allclose(p.affine.matrix[:2], [[.32, 0, 0], [0, .32, 0]], atol=1e-6)
+
+def test_real_films(films):
+    for name, film in films.items():
+        side = name.split()[1][0]
+        p = prepare(film, side)
+        assert p.image.shape == (1, 384, 288)
+        assert p.image.dtype == np.float32
+        assert p.image.min() >= 0
+        assert .5 < p.image.max() <= 1
+        assert not p.image[0][~p.mask].any()
+        assert p.mirrored == (side == 'R')
+        assert chest_wall_side(p.mask) == 'left'
+        assert p.mask[:, 0].sum() > .25*384 # the chest wall is the first column
+
+# ---- parts
+
+def test_block_means_of_signed_integers():
+    pixels = np.random.default_rng(0).integers(-999, 999, (37, 50)).astype(np.int16)
+    assert np.isclose(block_mean(pixels, 5)[0, 0], pixels[:5, :5].mean(), atol=1e-2)
+
+def test_the_sampling_matrix_is_a_gaussian_filter():
+    found = sample_matrix(40, np.arange(40)+.5, 2.).toarray()
+    expected = ndimage.gaussian_filter1d(np.eye(40), 2., axis=0, mode='reflect')
+    assert np.allclose(found, expected, atol=1e-3)
+    assert np.allclose(sample_matrix(7, np.linspace(-2, 9, 20), 1.3).sum(1), 1, atol=1e-5)
+
+def test_a_coarse_image_is_too_coarse_for_a_film_border():
+    bordered = np.tile(np.linspace(.8, .2, 600), (600, 1))
+    bordered[:, :3] = 1
+    assert find_film_border(bordered, bordered > 0, 1) == (0, 0, 0, 0)
+
+def test_film_borders_of_real_films(films):
+    film = films['P_00820 R-CC'].pixels
+    coarse, k = coarse_image(film)
+    assert 6 <= find_film_border(film, breast_mask(coarse), k)[3] <= 16
+
+# ---- wrong input
+
+@pytest.mark.parametrize('size', [(4, 288), '384x288', None, (384,), (384, 288, 1), ('a', 'b')])
+def test_wrong_sizes(size):
+    with pytest.raises(InputError, match='PrepareConfig: size'):
+        PrepareConfig(size=size)
+
+@pytest.mark.parametrize('choice', [dict(intensity='raw'), dict(margin=-1), dict(margin=.6), dict(spacing_mm=0), dict(on_laterality_mismatch='ignore')], ids=str)
+def test_wrong_choices(choice):
+    with pytest.raises(InputError, match=next(iter(choice))):
+        PrepareConfig(**choice)
+
+@pytest.mark.parametrize('pixels', [np.full((300, 200), 9, np.uint16), np.zeros((300, 200), np.uint8), np.full((300, 200), np.nan)], ids=['constant', 'zero', 'nan'])
+def test_images_without_a_breast(pixels):
+    with pytest.raises(InputError):
+        prepare(pixels, 'L', where='b.dcm')
+
+WRONG = {
+    'colour': (np.zeros((3, 40, 40), np.uint8), r'\[H,W\]'),
+    'floats beyond 1': (breast().astype(float), r'floats in \[0,1\]'),
+    'a mammogram of stored values': (SimpleNamespace(pixels=breast(), header={}), r'read_stored\(path\)')}
+
+@pytest.mark.parametrize('what', WRONG)
+def test_wrong_images(what):
+    image, message = WRONG[what]
+    with pytest.raises(InputError, match=message):
+        prepare(image, 'L')
+
+def test_a_wrong_laterality():
+    with pytest.raises(InputError, match='one of L, R'):
+        prepare(breast(), 'left')
+
+def test_a_spacing_that_the_file_does_not_have():
+    with pytest.raises(InputError, match='pixel spacing'):
+        prepare(breast(), 'L', PrepareConfig(spacing_mm=.3))
+
+def test_no_laterality_and_no_side():
+    both = np.full((200, 100), 200, np.uint8)
+    both[:20] = 0
+    both[-20:] = 0
+    with pytest.raises(InputError, match='no side that the image shows'):
+        prepare(both)
+    assert 'taken from the laterality' in prepare(both, 'R').notes[0]
+
+def test_dark_arrays_are_noted():
+    bright = (breast()*16).astype(np.uint16)
+    assert not any('bits are used' in note for note in prepare(bright, 'L').notes)
+    assert any('bits are used' in note for note in prepare(bright//64, 'L').notes)
+
+# ---- cohorts
 
 def test_insilico_masks(tmp_path):
-    "In-silico pictures, whose breast is known: the mask fits, lesions are in it, letters are not"
-    from mammo_nb.data.cache import prepare_cohort
-    from mammo_nb.data.insilico import insilico_cohort, parse_settings, truth, write_insilico
+    "In-silico images, whose breast is known: the mask fits, lesions are in it, letters are not"
     cohort = write_insilico(insilico_cohort(2, seed=11, exams=1), tmp_path/'d', workers=1, progress=False)
-    done, settings = prepare_cohort(cohort, tmp_path/'c', workers=1, progress=False), parse_settings(cohort.images.provenance[0])
-    assert len(done) == len(cohort.images) == 8
-    for o in cohort.images.itertuples():
-        p, y = done.load(o.image_id), truth(settings, o.patient_index, o.exam_index, o.laterality, o.view)
-        mask = p.back_mask(p.mask)
-        assert (mask & y.breast).sum()/(mask | y.breast).sum() > .97, o.image_id
-        assert p.scale == 1 and p.mirrored == (o.laterality == 'R') and abs(p.spacing_mm-o.pixel_spacing_mm) < 1e-6
-        assert all(mask[m].all() for m in y.masks.values())
+    prepared = prepare_cohort(cohort, tmp_path/'c', workers=1, progress=False)
+    settings = parse_settings(cohort.images.provenance[0])
+    assert len(prepared) == len(cohort.images) == 8
+    for row in cohort.images.itertuples():
+        p = prepared.load(row.image_id)
+        true = truth(settings, row.patient_index, row.exam_index, row.laterality, row.view)
+        mask = p.inverse_mask(p.mask)
+        assert (mask & true.breast).sum()/(mask | true.breast).sum() > .97
+        assert p.scale == 1
+        assert p.mirrored == (row.laterality == 'R')
+        assert abs(p.spacing_mm-row.pixel_spacing_mm) < 1e-6
+        assert all(mask[lesion].all() for lesion in true.masks.values())
 
-def test_workers_start_light():
-    code = 'import sys, mammo_nb.data.cache; print([m for m in ("torch", "fastai", "pandas", "matplotlib", "skimage.filters", "sklearn") if m in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip() == '[]'
+@pytest.mark.parametrize('module', ['cache', 'prepared_cohort'])
+def test_workers_start_light(module):
+    heavy = '("torch", "fastai", "pandas", "matplotlib", "skimage.filters", "sklearn")'
+    code = f'import sys, mammo_nb.preparation.{module}; print([m for m in {heavy} if m in sys.modules])'
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.stdout.strip() == '[]'
+
+# ---- more real films
+
+def read_csv(path):
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
 
 @needs_shared
 def test_mini_mias():
     "252 films: every side right, the marked lesions inside the mask, the tags outside"
     folder = SHARED/'mini_mias_dev'
-    with open(folder/'labels.csv', newline='') as f: rows = list(csv.DictReader(f))
     masks, inside = {}, []
-    for r in rows:
-        if r['image'] not in masks:
-            p = prepare(np.asarray(Image.open(folder/'png512'/f'{r["image"]}.png')), r['side'], PrepareConfig(size=(512, 512)))
-            assert p.mirrored == (r['side'] == 'R'), r['image']
-            masks[r['image']] = p.back_mask(p.mask)
-            assert .15 < p.mask.mean() < .95, r['image']
-        if r['x']: inside.append(masks[r['image']][min(511, int(float(r['y_topleft_origin'])/2)), min(511, int(float(r['x'])/2))])
-    assert len(masks) == 252 and len(inside) == 97
-    assert sum(inside) >= 96  # mdb212's coordinates lie in the air
+    for row in read_csv(folder/'labels.csv'):
+        name = row['image']
+        if name not in masks:
+            p = prepare(np.asarray(Image.open(folder/'png512'/f'{name}.png')), row['side'], PrepareConfig(size=(512, 512)))
+            assert p.mirrored == (row['side'] == 'R')
+            assert .15 < p.mask.mean() < .95
+            masks[name] = p.inverse_mask(p.mask)
+        if row['x']:
+            y, x = (min(511, int(float(row[k])/2)) for k in ('y_topleft_origin', 'x'))
+            inside.append(masks[name][y, x])
+    assert len(masks) == 252
+    assert len(inside) == 97
+    assert sum(inside) >= 96 # the coordinates of mdb212 lie in the air
 
 @needs_shared
 def test_quarter_size_exams():
     "The ten lesions and the eight nipples of the two real exams at quarter size"
     folder = SHARED/'cbis_ddsm_2cases'
-    with open(folder/'lesion_boxes_quarter.csv', newline='') as f: boxes = list(csv.DictReader(f))
-    done = {}
+    boxes, nipples = read_csv(folder/'lesion_boxes_quarter.csv'), read_csv(folder/'nipple_points_by_eye.csv')
+    images = {name: read_stored(folder/'dicom_quarter'/f'Mass-Test_{name}.dcm') for name in {b['id'] for b in boxes}}
+    done = {name: prepare(image, name.split('_')[2][0]) for name, image in images.items()}
+    assert (len(boxes), len(nipples), len(done)) == (10, 8, 8)
     for b in boxes:
-        if b['id'] not in done: done[b['id']] = prepare(read_stored(folder/'dicom_quarter'/f'Mass-Test_{b["id"]}.dcm'), b['id'].split('_')[2][0])
         p, box = done[b['id']], np.array([float(b[k]) for k in ('minx', 'miny', 'maxx', 'maxy')])
         x0, y0, x1, y1 = box.astype(int)
-        assert p.back_mask(p.mask)[y0:y1+1, x0:x1+1].mean() > .98, b['id']
-        assert np.abs(p.back_boxes(p.boxes([box]))[0]-box).max() < 1
-    assert len(boxes) == 10 and len(done) == 8
-    with open(folder/'nipple_points_by_eye.csv', newline='') as f: nipples = list(csv.DictReader(f))
-    for n in nipples:  # picked by eye, +- 20 pixels at quarter size
-        near = ndimage.binary_dilation(done[n['id']].back_mask(done[n['id']].mask), iterations=20)
-        assert near[int(float(n['y_quarter'])), int(float(n['x_quarter']))], n['id']
-    assert len(nipples) == 8
+        assert p.inverse_mask(p.mask)[y0:y1+1, x0:x1+1].mean() > .98
+        assert np.abs(p.inverse_boxes(p.boxes([box]))[0]-box).max() < 1
+    for n in nipples: # picked by eye, +- 20 pixels at quarter size
+        p = done[n['id']]
+        near = ndimage.binary_dilation(p.inverse_mask(p.mask), iterations=20)
+        assert near[int(float(n['y_quarter'])), int(float(n['x_quarter']))]

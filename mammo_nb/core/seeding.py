@@ -5,33 +5,35 @@
 # %% auto #0
 __all__ = ['stable_hash', 'rng_for', 'seed_everything']
 
-# %% ../../nbs/core/04_seeding.ipynb #17839c65
+# %% ../../nbs/core/04_seeding.ipynb #08010e50
 import hashlib, random
+from importlib.util import find_spec
 import numpy as np
 
-# %% ../../nbs/core/04_seeding.ipynb #41b9409a
+# %% ../../nbs/core/04_seeding.ipynb #0c92cd19
 def stable_hash(
     *keys # anything with a faithful `repr`: numbers, texts, tuples
 )->int: # 128 bits, the same in every process and on every machine
-    "An integer made of the keys"
-    keys = [k.item() if isinstance(k, np.generic) else k for k in keys]
-    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=16).digest(), 'big')
+    "Make an integer of the keys"
+    keys = [key.item() if isinstance(key, np.generic) else key for key in keys]
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=16).digest()
+    return int.from_bytes(digest, 'big')
 
-# %% ../../nbs/core/04_seeding.ipynb #32883e97
+# %% ../../nbs/core/04_seeding.ipynb #97f7a6bc
 def rng_for(
     seed:int, # the seed of the whole
     *keys # what the numbers are for: `'patient', 7, 'lesion'`
 )->np.random.Generator: # independent of every generator with other keys
-    "A random generator for one purpose"
+    "Make a random generator for one purpose"
     return np.random.default_rng(stable_hash(seed, *keys))
 
-# %% ../../nbs/core/04_seeding.ipynb #53cddb78
+# %% ../../nbs/core/04_seeding.ipynb #5d32c1a8
 def seed_everything(
     seed:int # 0 to 2**32-1
 )->int: # the seed, to be written down
     "Seed Python, NumPy and (when installed) torch"
-    random.seed(seed); np.random.seed(seed)
-    from importlib.util import find_spec
+    random.seed(seed)
+    np.random.seed(seed)
     if find_spec('torch'):
         import torch
         torch.manual_seed(seed)

@@ -1,0 +1,91 @@
+"Every registered system passes every check of `check_system`; a sixth one needs no more than sixty lines; eight lines run for each."
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import mammo_nb as mn
+from mammo_nb.insilico.files import insilico_cohort
+from mammo_nb.learners.check_system import SYSTEM_CHECKS, SystemCheck, check_system
+from mammo_nb.learners.systems import SYSTEM_MODULES, get_system
+from mammo_nb.preparation.prepared_cohort import prepare_cohort
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('systems')
+    cohort = insilico_cohort(24, seed=3, exams=2, rows=192, cols=144, pixel_spacing_mm=1.25)
+    files = cohort.write(folder/'files', workers=1, progress=False)
+    return prepare_cohort(files, folder/'cache', size=(64, 48), workers=1, progress=False)
+
+
+@pytest.fixture(scope='module')
+def checks(prepared, tmp_path_factory):
+    "One trained learner per system, for all its checks"
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = SystemCheck(name, prepared, tmp_path_factory.mktemp(name))
+        return made[name]
+    return get
+
+
+@pytest.mark.parametrize('check', SYSTEM_CHECKS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('name', SYSTEM_MODULES)
+def test_system(name, check, checks):
+    check(checks(name))
+
+
+def test_a_sixth_system_needs_sixty_lines(prepared, tmp_path):
+    import toy_system
+    lines = (TESTS/'toy_system.py').read_text().splitlines()
+    code = [line for line in lines if line.strip() and not re.match(r'(from|import) ', line)]
+    assert len(code) <= 60
+    assert len(check_system(toy_system.GREY, prepared, tmp_path)) == len(SYSTEM_CHECKS)
+
+
+def test_a_system_that_does_not_train_fails_its_check(checks):
+    c = SystemCheck('density', checks('density').prepared, checks('density').folder)
+    c.fit = lambda learn, epochs=1: SystemCheck.fit(c, learn) and c.new_learner()
+    with pytest.raises((AssertionError, IndexError)):
+        SYSTEM_CHECKS[0](c)
+
+
+EIGHT_LINES = '''
+import mammo_nb as mn
+
+cohort = mn.insilico_cohort({patients}, seed=3, exams=2, rows=192, cols=144, pixel_spacing_mm=1.25).write(folder + '/files')
+prepared = mn.prepare(cohort, folder + '/cache', size=(64, 48))
+dls = mn.{dls}(prepared)
+learn = mn.{learner}(dls{arguments})
+learn.fit_one_cycle(1, 3e-3)
+predictions = mn.predict(learn, prepared, split='test')
+metrics = mn.evaluate(predictions)
+learn.model.save_pretrained(folder + '/model')
+'''
+SCRIPTS = dict(
+    two_view=dict(dls='two_view_dls', learner='two_view_learner', arguments=''),
+    mammonet=dict(dls='two_view_dls', learner='mammonet_learner', arguments=", 'cross_view', encoder='small', stride=8"),
+    lmvnet=dict(dls='risk_dls', learner='lmvnet_learner', arguments=", encoder='small', stride=8, model_args=dict(width=4)"),
+    unaligned_risk=dict(dls='risk_dls', learner='unaligned_risk_learner', arguments=", encoder='small', stride=8, model_args=dict(width=4)"),
+    current_exam=dict(dls='risk_dls', learner='current_exam_learner', arguments=", encoder='small', stride=8"),
+    density=dict(dls='risk_dls', learner='density_learner', arguments=''),
+    registration=dict(dls='pair_dls', learner='registration_learner', arguments=', model_args=dict(width=4, depth=1)'))
+
+
+@pytest.mark.parametrize('name', SYSTEM_MODULES)
+def test_eight_lines(name, tmp_path):
+    script = EIGHT_LINES.format(patients=24, **SCRIPTS[name])
+    tree = ast.parse(script)
+    assert len(tree.body) - 1 <= 8
+    assert sum(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)) == 1
+    names = dict(folder=str(tmp_path))
+    exec(script, names)
+    assert set(names['metrics'].system) == {get_system(name).name}
+    again = mn.load_model(tmp_path/'model')
+    same = mn.predict(again, names['prepared'], split='test')
+    assert same.value.tolist() == names['predictions'].value.tolist()
