@@ -88,7 +88,7 @@ def test_outputs_are_stored_and_stay_the_same(project):
     cells = json.loads(first)['cells']
     assert cells[0]['outputs'] and cells[0]['execution_count'] is None and '0x' not in str(cells[2]['outputs'])
 
-@pytest.mark.parametrize('source, said', [('1/0', 'ZeroDivisionError'), ('import sys; print("oh", file=sys.stderr)', 'stderr'), ('print("x"*500_000)', 'limit 400,000')])
+@pytest.mark.parametrize('source, said', [('1/0', 'ZeroDivisionError'), ('import sys; print("oh", file=sys.stderr)', 'stderr'), ('print("x"*900_000)', 'limit 800,000')])
 def test_a_bad_notebook_is_left_as_it_was(project, source, said):
     nb = project/'nbs/a/01_good.ipynb'
     nb.write_text(notebook('1 + 1', source))

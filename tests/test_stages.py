@@ -129,7 +129,7 @@ def test_a_failed_step_leaves_nothing(tmp_path):
 
 def test_the_key_reaches_the_end():
     assert code_hash('mammo_nb.core.stages') != code_hash('mammo_nb.report.page')
-    modules = set(code_modules('mammo_nb.insilico.patients'))
+    modules = set(code_modules('mammo_nb.insilico.files'))
     assert {'mammo_nb.insilico.patients', 'mammo_nb.dicom.write', 'mammo_nb.dicom.file'} <= modules
     assert {'mammo_nb.core.geometry', 'mammo_nb.core.errors'} <= modules
     assert not any(module.startswith(('mammo_nb.metrics', 'mammo_nb.report')) for module in modules)

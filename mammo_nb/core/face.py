@@ -25,7 +25,7 @@ FACE = {
     'models.risk_baselines': 'CurrentExamRisk DensityRisk', 'learners.two_view': 'two_view_learner',
     'learners.mammonet': 'attention_maps mammonet_learner',
     'learners.registration': 'registration_learner evaluate_registration',
-    'learners.risk': 'current_exam_learner density_learner lmvnet_learner',
+    'learners.risk': 'current_exam_learner density_learner lmvnet_learner unaligned_risk_learner',
     'learners.systems': 'System evaluate get_system load_model predict register system_names',
     'learners.check_system': 'check_system', 'metrics.bootstrap': 'bootstrap_ci paired_difference',
     'metrics.predictions': 'read_predictions write_predictions',

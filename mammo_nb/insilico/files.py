@@ -15,11 +15,11 @@ import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 from fastcore.basics import patch
 from ..core.errors import InputError, check_in, check_range
 from ..core.files import atomic_write
 from ..core.code_hash import code_hash
+from ..core.progress import progress_bar
 from ..cohort.schema import BOX
 from ..cohort.cohort import Cohort
 from ..dicom.write import write_mammogram
@@ -155,7 +155,7 @@ def _render_patients(settings, patients, folder, format, workers, progress):
         (folder/name).mkdir(parents=True, exist_ok=True)
     pool = Parallel(n_jobs=workers or cpu_count(), return_as='generator_unordered')
     jobs = pool(delayed(write_patient)(settings, i, folder, format) for i in patients)
-    bar = tqdm(jobs, total=len(patients), desc='in-silico patients', disable=not progress)
+    bar = progress_bar(jobs, len(patients), 'in-silico patients', progress)
     return sum(bar)
 
 # %% ../../nbs/insilico/40_files.ipynb #113748da

@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..core.errors import InputError
+from ..core.progress import progress_bar
 from .cache import Cache
 from .prepare import PrepareConfig
 from .prepared import Prepared
@@ -196,7 +197,8 @@ def _collect(cohort, cache, config, keys, failures, n_prepared):
     n_cached = len(good)-n_prepared
     return PreparedCohort(cohort, cache, config, good, table, n_prepared, n_cached)
 
-@delegates(PrepareConfig)
+# %% ../../nbs/preparation/25_prepared_cohort.ipynb #7f31c0aa
+@delegates(PrepareConfig, keep=True)
 def prepare_cohort(
     cohort, # a `Cohort`
     folder:Cache|str|Path, # of the cache, created if needed; or a `Cache`
@@ -206,7 +208,6 @@ def prepare_cohort(
     **kwargs # of `PrepareConfig`, instead of `config`
 )->PreparedCohort: # with `failures`, `n_prepared` and `n_cached`
     "Prepare all images of a cohort, in parallel, and reuse what is valid"
-    from tqdm import tqdm
     cohort, config = _check_cohort(cohort), _choose_config(config, kwargs)
     cache = folder if isinstance(folder, Cache) else Cache(folder)
     cache.sweep()
@@ -216,7 +217,7 @@ def prepare_cohort(
     todo.sort(key=lambda f: -_file_size(f.path))
     results = _prepare_all(todo, str(cache.folder), config, workers)
     n_done = len(files)-len(todo)
-    bar = tqdm(results, 'prepare', len(files), initial=n_done, unit='image', disable=not progress)
+    bar = progress_bar(results, len(files), 'prepare', progress, initial=n_done, unit='image')
     n_prepared = 0
     for image_id, key, was_prepared, failure in bar:
         keys[image_id] = key

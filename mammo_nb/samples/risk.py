@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cohort.cohort import Cohort
 from ..cohort.exams import breast_table
 from ..cohort.labels import survival_target
-from ..cohort.leaks import check_split
+from ..cohort.leaks import check_split, select_split
 from ..core.errors import InputError, check_in, check_range
 from ..preparation.prepared_cohort import PreparedCohort, check_prepared
 from .augment import Augment
@@ -254,7 +254,7 @@ def rows_with_follow_up(
     where:str='risk_dls' # named in the error
 )->pd.DataFrame: # the breasts of the split with at least one known year
     "Select the breasts of a split whose follow-up is known"
-    in_split = rows[rows.split == split]
+    in_split = select_split(rows, split, where)
     targets = survival_target(
         in_split.years_to_cancer, in_split.years_followed, years, censoring)
     known = (targets['y_mask'].sum(1) > 0).numpy()

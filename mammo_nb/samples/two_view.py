@@ -12,7 +12,7 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from torch import Tensor
 from ..cohort.exams import breast_table
-from ..cohort.leaks import check_split
+from ..cohort.leaks import check_split, select_split
 from ..core.errors import InputError
 from ..gaze.miceye import NotInLog
 from ..gaze.heatmap import gaze_to_heatmap
@@ -213,7 +213,7 @@ def labelled_rows(
 )->pd.DataFrame: # the breasts with a label, both classes among them
     "Select the breasts of a split that can be learnt from or measured on"
     rows = breast_table(prepared.cohort) if rows is None else rows
-    in_split = rows[rows.split == split]
+    in_split = select_split(rows, split, where)
     images = in_split[['image_id_cc', 'image_id_mlo']]
     exists = images.isin(list(prepared.keys)).any(axis=1)
     labelled = in_split[in_split.label.notna() & exists].reset_index(drop=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import os
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 from ...core.errors import InputError, check_in
+from ...core.progress import progress_bar
 from ..cohort import Cohort
 from mammo_nb.cohort.datasets.cbis_files import (
     MaskMemory, choose_mask, header_facts, index_files, series_files
@@ -80,7 +80,7 @@ def find_images(
     "Find the file and the size of every image"
     found = []
     groups = t.groupby('image_id', sort=False)
-    for image_id, rows in tqdm(groups, desc='images', disable=not progress):
+    for image_id, rows in progress_bar(groups, desc='images', enabled=progress):
         sizes = _copies(rows, index, root, problems)
         if len(set(sizes.values())) > 1:
             in_words = [f'{h} x {w}' for h, w in sizes.values()]
@@ -127,7 +127,7 @@ def find_masks(
     rows, pool = {}, ThreadPoolExecutor(workers)
     try:
         results = pool.map(read, findings)
-        shown = tqdm(results, total=len(findings), desc='masks', disable=not progress)
+        shown = progress_bar(results, len(findings), 'masks', progress)
         for n, (finding, (path, box, problem)) in enumerate(zip(findings, shown)):
             rows[finding.Index] = [*([np.nan]*4 if box is None else box), path]
             if problem:
