@@ -150,7 +150,7 @@ def make_learner(row, seed, dls, change):
     return mammonet_learner(
         dls, variant, 'small', TRAIN['stride'], seed=seed, model_args=NET, loss_args=loss_args,
         cbs=[LastWeights()], gaze_weight=gaze_weight, fusion_weight=TRAIN['fusion_weight'],
-        scan_weight=TRAIN['scan_weight'])
+        scan_weight=TRAIN['scan_weight'], start=False)
 
 def predict_test(learn, prepared):
     "Probabilities of the test breasts"

@@ -598,13 +598,13 @@ def mammonet():
     found = {}
     for variant in VARIANTS:
         asked = dict(gaze=True, gaze_slices=3) if 'gaze' in VARIANTS[variant] else {}
-        learner = mammonet_learner(two_view_loaders(**asked), variant, 'small', 8,
+        learner = mammonet_learner(two_view_loaders(**asked), variant, 'small', 8, start=False,
                                    model_args=SMALL_MAMMONET, seed=3, lr=1e-3)
         found |= follow(f'mammonet/{variant}', learner, two_view_answers)
-    learner = mammonet_learner(two_view_loaders(some=few, gaze=True), seed=3)
+    learner = mammonet_learner(two_view_loaders(some=few, gaze=True), seed=3, start=False)
     found |= follow('mammonet/resnet18', learner, few_two_view_answers)
     options = SMALL_MAMMONET | dict(shared=True, source_pool=2, pool='top10', create_graph=True)
-    learner = mammonet_learner(two_view_loaders(bs=8, gaze=True), 'mammonet', 'small', 8,
+    learner = mammonet_learner(two_view_loaders(bs=8, gaze=True), 'mammonet', 'small', 8, start=False,
                                model_args=options, seed=3, lr=1e-3)
     longer = follow('mammonet/longer', learner, two_view_answers, epochs=2, one_cycle=True)
     return found | longer | saved('mammonet/saved', learner.model)
@@ -869,7 +869,7 @@ def localization():
     tables = {}
     learners = {
         'two_view': two_view_learner(two_view_loaders(), seed=8),
-        'mammonet': mammonet_learner(two_view_loaders(), 'cross_view', 'small', 8, seed=8,
+        'mammonet': mammonet_learner(two_view_loaders(), 'cross_view', 'small', 8, seed=8, start=False,
                                      model_args=SMALL_MAMMONET),
     }
     for name, learner in learners.items():

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 VOID = {'area', 'base', 'br', 'col', 'embed', 'hr', 'img', 'input', 'link', 'meta', 'source', 'track', 'wbr'}
 UNSEEN = {'script', 'style', 'template'}
 RAW_MARKDOWN = re.compile(r'\]\(|\]\[|:::|\{target=|(?:^|\s)\*\*\S')
-RAW_LINK = re.compile(r'\]\((?:https?:|\.\./)')
+RAW_LINK = re.compile(r'`\]\((?:https?:|\.\./)')  # what nbdev makes of a name in a signature
 
 
 class Page(HTMLParser):

@@ -66,7 +66,9 @@ def _draw_image(ax, image, corner, mirror):
     if mirror:
         small = small[:, ::-1]
     extent = (left, left+w, top+h, top)
-    ax.imshow(small, cmap='gray', extent=extent, interpolation='antialiased', **limits)
+    greys = plt.get_cmap('gray', 64) # files half as large as with 256, and no visible step
+    how = dict(interpolation='antialiased', interpolation_stage='data')
+    ax.imshow(small, cmap=greys, extent=extent, **how, **limits)
 
 def _draw_box(ax, box, text, size):
     "A box with its text above it; coordinates of the panel"

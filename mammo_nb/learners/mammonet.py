@@ -24,11 +24,12 @@ from .fit_health import FitHealth
 from .keep_best import KeepBest, unwrap_model
 from .outputs import SelectOutput, auc_metric
 from .resume import ResumeTraining
+from .run_config import data_config
 from .systems import System, check_preparation, predict, register
 from ..cohort.leaks import select_split
 from mammo_nb.learners.two_view import (
-    breast_cases, evaluate_probabilities, positive_weight, two_view_outputs,
-    two_view_samples
+    breast_cases, evaluate_probabilities, positive_weight, start_at_prevalence,
+    two_view_outputs, two_view_samples
 )
 from ..losses.mammonet import MammoNetLoss
 from ..metrics.weighted import auc
@@ -104,7 +105,7 @@ def _own_callbacks(keep_best):
 def _resume(folder, model, dls, variant, terms, seed):
     "The callback that continues a training after a stop, and what the training is known by"
     config = dict(system='mammonet', variant=variant, model=model.model_args)
-    config |= dict(data=dls.description, augment=repr(dls.augment), loss=terms, seed=seed)
+    config |= dict(data=data_config(dls), loss=terms, seed=seed)
     return ResumeTraining(folder, config)
 
 # %% ../../nbs/learners/30_mammonet.ipynb #e41668c7
@@ -122,6 +123,7 @@ def mammonet_learner(
     model:nn.Module|None=None, # your own `MammoNet`, instead of `encoder`, `stride`, `pretrained`
     model_args:dict|None=None, # further arguments of `MammoNet`
     loss_args:dict|None=None, # further arguments of `MammoNetLoss`
+    start:bool=True, # set the last bias of a new model to the prevalence of the training breasts
     seed:int|None=None, # of weights and training; `None`: the global generators as they are
     folder=None, # of the checkpoint, see `ResumeTraining`; `None`: none
     keep_best:bool=True, # end with the epoch of the best validation AUC, unless `metrics` are given
@@ -133,14 +135,15 @@ def mammonet_learner(
     "Make a fastai learner for Mammo-Net and every part of it"
     weights = _term_weights(variant, gaze_weight, fusion_weight, scan_weight)
     options = _variant_options(dls.train_ds, variant, weights)
+    labels = dls.train_ds.rows.label.to_numpy()
     if seed is not None: seed_everything(seed)
     if model is not None: _check_model(model, variant, *options.values(), model_args)
     else:
         options |= dict(stride=stride, pretrained=pretrained)
         model = MammoNet(encoder, **options, **(model_args or {}))
+        if start: start_at_prevalence(model.head.logit, labels.mean())
     model = model.to(memory_format=torch.channels_last)
     model.set_training_info(dls.description | dict(variant=variant))
-    labels = dls.train_ds.rows.label.to_numpy()
     weight = positive_weight(class_weight, labels, 'mammonet_learner')
     terms = weights | dict(pos_weight=weight) | (loss_args or {})
     loss = MammoNetLoss(*weights.values(), weight, **(loss_args or {}))

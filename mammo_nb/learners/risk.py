@@ -32,6 +32,7 @@ from mammo_nb.learners.keep_best import (
 )
 from .outputs import SelectOutput
 from .resume import ResumeTraining
+from .run_config import data_config
 from .systems import System, register
 from .warm_up import WarmUp
 from ..losses.survival import RiskLoss
@@ -269,7 +270,7 @@ def risk_learner(
     own += _recipe_callbacks(recipe, warmup)
     if folder is not None:
         config = dict(system=model.system, model=getattr(model, 'model_args', {}))
-        config |= dict(data=dls.description, augment=repr(dls.augment), head_weights=head_weights or {})
+        config |= dict(data=data_config(dls), head_weights=head_weights or {})
         config |= dict(recipe=recipe, flows=flow_summary(ds.flows))
         config |= run_config or {}
         own.append(ResumeTraining(folder, config, tolerances=dict(flows=.01)))

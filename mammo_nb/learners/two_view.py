@@ -25,6 +25,7 @@ from .fit_health import FitHealth
 from .keep_best import KeepBest
 from .outputs import SelectOutput, auc_metric
 from .resume import ResumeTraining
+from .run_config import data_config
 from .systems import System, register
 from ..metrics.classification import evaluate_classification
 from ..metrics.tables import select_output
@@ -107,8 +108,7 @@ def _own_callbacks(keep_best):
 def _resume(folder, dls, model, loss_args, seed, freeze_encoder):
     "The callback that goes on with an interrupted training of the same configuration"
     config = dict(system='two_view', model=model.model_args, loss=loss_args)
-    config |= dict(data=dls.description, augment=repr(dls.augment))
-    config |= dict(seed=seed, freeze_encoder=freeze_encoder)
+    config |= dict(data=data_config(dls), seed=seed, freeze_encoder=freeze_encoder)
     return ResumeTraining(folder, config)
 
 # %% ../../nbs/learners/15_two_view.ipynb #73e4b80c
