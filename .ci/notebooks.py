@@ -86,7 +86,9 @@ def execute(path, timeout, check=False):
         for c, o in zip(nb.cells, outs):
             if c.cell_type == 'code': c.outputs, c.execution_count = o, None
         nbformat.write(nb, target)
-        nb2 = read_nb(target); clean_nb(nb2, clean_ids=False); write_nb(nb2, target)
+        nb2 = read_nb(target)
+        clean_nb(nb2, clean_ids=False)
+        write_nb(nb2, target)
         if check:
             if target.read_bytes() != path.read_bytes(): bad = [f'would change: {", ".join(changed(path, target)) or "the way it is stored"}']
             target.unlink()
@@ -100,7 +102,9 @@ def changed(old, new):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('names', nargs='*'); p.add_argument('--workers', type=int, default=2); p.add_argument('--timeout', type=int, default=600)
+    p.add_argument('names', nargs='*')
+    p.add_argument('--workers', type=int, default=2)
+    p.add_argument('--timeout', type=int, default=600)
     p.add_argument('--check', action='store_true', help='store nothing')
     a = p.parse_args()
     os.environ.update(environment())

@@ -22,7 +22,9 @@ def text_of(v): return ''.join(v) if isinstance(v, list) else v
 
 def cell_markdown(c, images):
     s = ''.join(c['source'])
-    if c['cell_type'] == 'markdown': yield relink(s); return
+    if c['cell_type'] == 'markdown':
+        yield relink(s)
+        return
     if c['cell_type'] != 'code' or directive(s, 'hide') is not None: return
     body = '\n'.join(l for l in s.splitlines() if not re.match(r'#\s*\|', l)).strip()
     if directive(s, 'echo') != 'false': yield f'```python\n{body}\n```'
@@ -49,14 +51,17 @@ def stale():
     return bad + [f'nbs/images/{p.name}' for p in sorted((ROOT/'nbs/images').glob('index-*.png')) if f'nbs/images/{p.name}' not in want]
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__); p.add_argument('--check', action='store_true')
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--check', action='store_true')
     a, bad = p.parse_args(), stale()
     if a.check:
         print('README.md is in sync' if not bad else 'not in sync with nbs/index.ipynb: ' + ', '.join(bad) + '; run make readme')
         return bool(bad)
     want = make()
     for k in bad:
-        if k in want: (ROOT/k).parent.mkdir(parents=True, exist_ok=True); (ROOT/k).write_bytes(want[k])
+        if k in want:
+            (ROOT/k).parent.mkdir(parents=True, exist_ok=True)
+            (ROOT/k).write_bytes(want[k])
         else: (ROOT/k).unlink()
     (ROOT/'README.md').touch()  # newer than the notebook: nbdev_docs then leaves it alone
     print('\n'.join(f'wrote {k}' if k in want else f'removed {k}' for k in bad) or 'README.md is in sync')

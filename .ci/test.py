@@ -131,11 +131,11 @@ def run_notebooks(names, workers):
 # ---- pytest
 
 def run_pytest(files, workers):
-    "`(passed, failed, skipped)` of pytest, from its own report; the tests of a file run in one process"
+    "`(passed, failed, skipped)` of pytest, from its own report; each process has a half of the tests, and helps the other at the end"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
         options = ['-q', '-p', 'no:cacheprovider', '--continue-on-collection-errors', '--durations=12', '-o', 'faulthandler_timeout=600',
-                   '-n', str(workers), '--dist', 'loadfile', f'--junitxml={report}', f'--basetemp={folder}/tmp', '-o', 'junit_family=xunit1']
+                   '-n', str(workers), '--dist', 'worksteal', f'--junitxml={report}', f'--basetemp={folder}/tmp', '-o', 'junit_family=xunit1']
         command = [sys.executable, '-m', 'pytest', *options, *map(str, files)]
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, 'MPLBACKEND': 'Agg'}, stdin=subprocess.DEVNULL, start_new_session=True)
         try:

@@ -72,7 +72,9 @@ def upward(lib):
         rel = p.relative_to(lib)
         if rel.name == '_modidx.py': continue
         room = rel.parts[0] if len(rel.parts) > 1 else None
-        if room and room not in FLOOR: yield f'{rel}: the folder {room} has no floor'; continue
+        if room and room not in FLOOR:
+            yield f'{rel}: the folder {room} has no floor'
+            continue
         package = '.'.join([lib.name, *rel.parts[:-1]])
         for line, name in imports(p, package):
             parts = name.split('.')

@@ -178,7 +178,9 @@ def test_predict_replaces_its_own_results_and_nothing_else(dicoms, model, tmp_pa
     for n in (0, 1): (tmp_path/f'few/{n}.dcm').write_bytes((dicoms/f'{n}.dcm').read_bytes())
     assert predict_here(capsys, dicoms, model, out=tmp_path/'o')[0] == 1
     mine = {'overlays/mine.png':b'1', 'notes.txt':b'2', 'predictions.xlsx':b'3', 'sub/left_out.csv':b'4'}
-    for name, text in mine.items(): (tmp_path/'o'/name).parent.mkdir(exist_ok=True); (tmp_path/'o'/name).write_bytes(text)
+    for name, text in mine.items():
+        (tmp_path/'o'/name).parent.mkdir(exist_ok=True)
+        (tmp_path/'o'/name).write_bytes(text)
     assert predict_here(capsys, tmp_path/'few', model, out=tmp_path/'o', format='parquet')[0] == 0
     assert predict_here(capsys, tmp_path/'few', model, out=tmp_path/'fresh', format='parquet')[0] == 0
     assert content(tmp_path/'o') == content(tmp_path/'fresh') | mine
@@ -187,9 +189,13 @@ def test_predict_replaces_its_own_results_and_nothing_else(dicoms, model, tmp_pa
 @pytest.mark.parametrize('step', ['write_overlays', 'list_notes', 'replace_results'])
 @pytest.mark.parametrize('error,status', [(OSError(28, 'No space left on device'), 2), (KeyboardInterrupt(), None)])
 def test_predict_that_is_stopped_leaves_the_earlier_results(dicoms, model, tmp_path, capsys, monkeypatch, step, error, status):
-    (tmp_path/'one').mkdir(); (tmp_path/'one/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes()); (tmp_path/'o').mkdir()
+    (tmp_path/'one').mkdir()
+    (tmp_path/'one/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes())
+    (tmp_path/'o').mkdir()
     earlier = {'predictions.csv':b'earlier', 'overlays/x-L.png':b'earlier', 'left_out.csv':b'earlier'}
-    for name, text in earlier.items(): (tmp_path/'o'/name).parent.mkdir(exist_ok=True); (tmp_path/'o'/name).write_bytes(text)
+    for name, text in earlier.items():
+        (tmp_path/'o'/name).parent.mkdir(exist_ok=True)
+        (tmp_path/'o'/name).write_bytes(text)
     def stop(*args, **kwargs): raise error
     monkeypatch.setattr(predict_module, step, stop)
     if status is None: pytest.raises(KeyboardInterrupt, predict_here, capsys, tmp_path/'one', model, out=tmp_path/'o')
@@ -197,12 +203,16 @@ def test_predict_that_is_stopped_leaves_the_earlier_results(dicoms, model, tmp_p
     assert content(tmp_path/'o') == earlier
 
 def test_a_table_is_there_only_with_all_that_belongs_to_it(dicoms, model, tmp_path, capsys, monkeypatch):
-    (tmp_path/'one').mkdir(); (tmp_path/'one/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes())
+    (tmp_path/'one').mkdir()
+    (tmp_path/'one/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes())
     assert predict_here(capsys, tmp_path/'one', model, out=tmp_path/'o')[0] == 0
-    (tmp_path/'o/.mammo_predict').mkdir(); (tmp_path/'o/.mammo_predict/predictions.parquet').write_text('of a run that was killed')
+    (tmp_path/'o/.mammo_predict').mkdir()
+    (tmp_path/'o/.mammo_predict/predictions.parquet').write_text('of a run that was killed')
     real, moved = os.replace, []
     def replace(a, b):
-        if Path(b).parent in (tmp_path/'o', tmp_path/'o/overlays'): moved.append(Path(b).name); assert not (tmp_path/'o/predictions.csv').exists()
+        if Path(b).parent in (tmp_path/'o', tmp_path/'o/overlays'):
+            moved.append(Path(b).name)
+            assert not (tmp_path/'o/predictions.csv').exists()
         real(a, b)
     monkeypatch.setattr(predict_module.os, 'replace', replace)
     assert predict_here(capsys, tmp_path/'one', model, out=tmp_path/'o')[0] == 0
@@ -222,7 +232,9 @@ def prepare(capsys, folder, cache, **kwargs):
     return status, *capsys.readouterr()
 
 def test_notes_and_repeated_views(model, tmp_path, capsys):
-    d = tmp_path/'d'; d.mkdir(); window = (1300, 2600)
+    d = tmp_path/'d'
+    d.mkdir()
+    window = (1300, 2600)
     write_mammogram(d/'a.dcm', drawn_mammogram('L', 'CC', 0), 'L', 'CC', window=window, extra=dict(BreastImplantPresent='YES'))
     write_mammogram(d/'b.dcm', drawn_mammogram('L', 'CC', 1), 'L', 'CC', window=window)
     write_mammogram(d/'c.dcm', drawn_mammogram('L', 'MLO', 2), 'R', 'MLO', window=window)  # the chest wall is at the wrong side
@@ -260,7 +272,8 @@ def test_prepare_of_nothing(tmp_path, capsys, names, said):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='names that other systems refuse')
 def test_one_odd_file_does_not_stop_the_others(dicoms, tmp_path, capsys):
-    d = tmp_path/'d'; d.mkdir()
+    d = tmp_path/'d'
+    d.mkdir()
     for name in ('good.dcm', ' a.dcm', 'a\\b.dcm', os.fsdecode(b'\xe9t\xe9.dcm')): (d/name).write_bytes((dicoms/'0.dcm').read_bytes())
     (d/'link').symlink_to(dicoms, target_is_directory=True)
     status, out, err = prepare(capsys, d, tmp_path/'c')
@@ -269,7 +282,9 @@ def test_one_odd_file_does_not_stop_the_others(dicoms, tmp_path, capsys):
 
 @pytest.mark.parametrize('folder,cache', [('none', 'c'), ('file', 'c'), ('d', 'file'), ('d', 'file/in')])
 def test_prepare_says_what_is_wrong_in_one_line(dicoms, tmp_path, capsys, folder, cache):
-    (tmp_path/'d').mkdir(); (tmp_path/'d/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes()); (tmp_path/'file').touch()
+    (tmp_path/'d').mkdir()
+    (tmp_path/'d/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes())
+    (tmp_path/'file').touch()
     status, _, err = prepare(capsys, tmp_path/folder, tmp_path/cache)
     assert status == 2 and len(err.strip().splitlines()) == 1
 
@@ -280,7 +295,9 @@ TOUR = ('--patients', 12, '--seed', 3, '--epochs', 1, '--workers', 1, '--quiet')
 def test_a_tour_that_is_killed_goes_on_and_a_second_one_reuses(tmp_path):
     p = command('mammo_tour', '--folder', tmp_path/'t', *TOUR)
     while 'cohort: ...' not in p.stdout.readline(): assert p.poll() is None
-    time.sleep(random.Random().uniform(.5, 4)); p.kill(); p.communicate()  # in the middle of the first stage, or a little later
+    time.sleep(random.Random().uniform(.5, 4))
+    p.kill()
+    p.communicate()  # in the middle of the first stage, or a little later
     status, out, err = finish(command('mammo_tour', '--folder', tmp_path/'t', *TOUR))
     assert status == 0, err
     page = (tmp_path/'t/index.html').read_text()

@@ -166,7 +166,9 @@ def test_bench_lists_what_there_is():
 
 @pytest.fixture(scope='module')
 def readme():
-    spec = spec_from_file_location('readme', ROOT/'.ci/readme.py'); m = module_from_spec(spec); spec.loader.exec_module(m)
+    spec = spec_from_file_location('readme', ROOT/'.ci/readme.py')
+    m = module_from_spec(spec)
+    spec.loader.exec_module(m)
     return m
 
 def test_readme_is_in_sync(readme): assert readme.stale() == [], 'run make readme'
@@ -181,7 +183,8 @@ def test_readme_rewrites_links(readme):
 
 def test_an_unmade_image_is_seen(readme, monkeypatch, tmp_path):
     for n in ('nbs/index.ipynb', 'README.md', *(f'nbs/images/{p.name}' for p in (ROOT/'nbs/images').iterdir())):
-        (tmp_path/n).parent.mkdir(parents=True, exist_ok=True); (tmp_path/n).write_bytes((ROOT/n).read_bytes())
+        (tmp_path/n).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/n).write_bytes((ROOT/n).read_bytes())
     monkeypatch.setattr(readme, 'ROOT', tmp_path)
     (tmp_path/'nbs/images/index-99.png').write_bytes(b'')
     (tmp_path/'README.md').write_text('edited by hand')

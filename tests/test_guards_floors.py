@@ -8,7 +8,9 @@ def tree(tmp_path, modules):
     "A fake package: `{path: text}`"
     lib = tmp_path/'mammo_nb'
     for name in ('core', 'cohort', 'models', 'cli'): (lib/name).mkdir(parents=True)
-    for name, text in modules.items(): (lib/name).parent.mkdir(parents=True, exist_ok=True); (lib/name).write_text(text)
+    for name, text in modules.items():
+        (lib/name).parent.mkdir(parents=True, exist_ok=True)
+        (lib/name).write_text(text)
     return lib
 
 @pytest.mark.parametrize('text', [

@@ -73,7 +73,8 @@ def test_a_bad_name_is_seen(name): assert any(c.startswith('name_is_numbered') f
 
 @pytest.mark.parametrize('change', [dict(id='x'), dict(id='00000001'), dict(source='text'), dict(metadata=dict(scrolled=True))])
 def test_a_badly_stored_notebook_is_seen(change):
-    cells = copy.deepcopy(good()); cells[0].update(change)
+    cells = copy.deepcopy(good())
+    cells[0].update(change)
     if change.get('source'): assert [c for c in RULES[-1]('cohort/01_boxes.ipynb', cells)]
     else: assert any(c.startswith('stored_well') for c in complaints('cohort/01_boxes.ipynb', cells))
 

@@ -139,7 +139,8 @@ def test_slug(heading, anchor): assert slug(heading) == anchor
 def processed(tmp_path_factory):
     "nbdev_proc_nbs in a copy. It only looks whether Quarto is there (and would install it otherwise), so a name on the PATH is enough"
     bin, tree = tmp_path_factory.mktemp('bin'), copy_tree(tmp_path_factory.mktemp('site'))
-    (bin/'quarto').write_text('#!/bin/sh\necho "quarto was called" >&2; exit 1\n'); (bin/'quarto').chmod(0o755)
+    (bin/'quarto').write_text('#!/bin/sh\necho "quarto was called" >&2; exit 1\n')
+    (bin/'quarto').chmod(0o755)
     return tree, nbdev('nbdev_proc_nbs', '--n_workers', '2', cwd=tree, path=[bin], home=tmp_path_factory.mktemp('home'))
 
 def test_proc_nbs_runs_clean(processed):

@@ -41,7 +41,9 @@ class Lab:
     def close(self):
         self.proc.terminate()
         try: self.proc.wait(15)
-        except subprocess.TimeoutExpired: self.proc.kill(); self.proc.wait()
+        except subprocess.TimeoutExpired:
+            self.proc.kill()
+            self.proc.wait()
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):

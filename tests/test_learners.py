@@ -86,7 +86,8 @@ def test_evidence_lies_on_the_lesion(trained, pictures):
     rows = [i for i in pictures.keys if i.endswith('CC') and (int(i[1:].split('-')[0])+('-R-' in i))%2]
     hits = 0
     for i in rows:
-        r = rng_for(0, i); c = r.uniform((14, 4), (50, 30))
+        r = rng_for(0, i)
+        c = r.uniform((14, 4), (50, 30))
         with torch.no_grad(): _, m = trained.model.eval().encode(torch.tensor(pictures.keys[i])[None])
         at = np.array(np.unravel_index(int(m[0].argmax()), m[0].shape))*8+4
         hits += np.hypot(*(at-c)) < 10
@@ -95,10 +96,12 @@ def test_evidence_lies_on_the_lesion(trained, pictures):
 def test_same_seed_same_model(make):
     versions = []
     for _ in range(2):
-        learn = make(seed=3); learn.fit_one_cycle(1)
+        learn = make(seed=3)
+        learn.fit_one_cycle(1)
         versions.append(model_version(learn.model))
     assert versions[0] == versions[1]
-    learn = make(seed=4); learn.fit_one_cycle(1)
+    learn = make(seed=4)
+    learn.fit_one_cycle(1)
     assert model_version(learn.model) != versions[0]
 
 def test_lr_find(make):
@@ -176,7 +179,8 @@ def test_ordinary_metrics_of_fastai(make):
 
 def test_shows(trained):
     plt.close('all')
-    trained.dls.show_batch(max_n=4); trained.dls.valid.show_batch(max_n=2)
+    trained.dls.show_batch(max_n=4)
+    trained.dls.valid.show_batch(max_n=2)
     with trained.no_bar(): trained.show_results(max_n=3)
     titles = [[a.get_title() for a in plt.figure(n).axes if a.get_title()] for n in plt.get_fignums()]
     assert [len(t) for t in titles] == [4, 2, 3]
@@ -202,8 +206,13 @@ def test_export_and_resume(trained, pictures, tmp_path, make):
     again = load_learner(tmp_path/'learner.pkl')
     t = predict(trained, pictures, split='test')
     assert np.allclose(predict(again, pictures, split='test').value, t.value)
-    learn = make(); learn.fit(1); learn.save('half'); learn.fit(1)
-    other = make(seed=9); other.create_opt(); other.load('half')
+    learn = make()
+    learn.fit(1)
+    learn.save('half')
+    learn.fit(1)
+    other = make(seed=9)
+    other.create_opt()
+    other.load('half')
     assert len(other.opt.state_dict()['state']) == len(learn.opt.state_dict()['state'])
     other.fit(1)
 

@@ -39,7 +39,8 @@ def _rank(rank, path, out):
     os.environ.update(WORLD_SIZE='2', RANK=str(rank))
     torch.distributed.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
     try:
-        torch.manual_seed(0); net = nn.parallel.DistributedDataParallel(DensityRisk())
+        torch.manual_seed(0)
+        net = nn.parallel.DistributedDataParallel(DensityRisk())
         metric, (risk, time, event) = RiskCIndex(), _known()
         for part in (slice(rank*20, rank*20+10), slice(rank*20+10, rank*20+20)):
             said = SimpleNamespace(named=dict(logits_fused=risk[part]), named_targ=dict(event_times=time[part], event_observed=event[part]))
@@ -52,7 +53,8 @@ def _known():
     return torch.randn(40, 5, generator=g).abs().cumsum(1)-2, torch.randint(0, 5, (40,), generator=g), (torch.rand(40, generator=g) < .5).long()
 
 def test_several_processes_agree_on_the_metric_of_all_breasts(tmp_path):
-    ctx = torch.multiprocessing.get_context('spawn'); out = ctx.Queue()
+    ctx = torch.multiprocessing.get_context('spawn')
+    out = ctx.Queue()
     ps = [ctx.Process(target=_rank, args=(r, tmp_path/'store', out)) for r in range(2)]
     for p in ps: p.start()
     found = [out.get(timeout=120) for _ in ps]
@@ -77,7 +79,8 @@ def test_frozen_parts_are_the_same_to_the_bit(prepared):
     learn = learner(prepared, net, freeze_encoder=True)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
-    after = learn.model.state_dict(); changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
+    after = learn.model.state_dict()
+    changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
     assert any(k.startswith('registration') for k in before) and any('running_mean' in k for k in before)
     assert not [k for k in changed if k.startswith(('processor.encoder', 'registration'))] and any(k.startswith('blocks') for k in changed)
 
@@ -109,10 +112,14 @@ def test_a_killed_training_ends_with_the_same_weights(prepared, tmp_path):
     p = script(prepared, tmp_path, 'killed', wait=.2)
     for line in p.stdout:
         if line.startswith('epoch 1'): break
-    time.sleep(.5); p.send_signal(signal.SIGKILL); assert p.wait() == -signal.SIGKILL
+    time.sleep(.5)
+    p.send_signal(signal.SIGKILL)
+    assert p.wait() == -signal.SIGKILL
     assert (tmp_path/'killed'/'checkpoint.pt').is_file() and not (tmp_path/'killed.pt').exists()
     for name in ('killed', 'whole'):
-        p = script(prepared, tmp_path, name); out = p.communicate()[0]; assert p.returncode == 0
+        p = script(prepared, tmp_path, name)
+        out = p.communicate()[0]
+        assert p.returncode == 0
         epochs = [l for l in out.splitlines() if l.startswith('epoch ')]
         assert epochs == [f'epoch {k}' for k in range(2 if name == 'killed' else 0, 4)], out
     a, b = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('killed', 'whole'))
@@ -130,7 +137,8 @@ def quiet(learn):
 
 def test_the_tools_of_fastai(prepared, tmp_path):
     "lr_find leaves the weights as they were; accumulation, clipping, the log and saved best epochs work with ours"
-    learn = quiet(learner(prepared)); learn.path = tmp_path
+    learn = quiet(learner(prepared))
+    learn.path = tmp_path
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     learn.lr_find(num_it=6, show_plot=False)
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
@@ -140,7 +148,8 @@ def test_the_tools_of_fastai(prepared, tmp_path):
     assert learn.validate()[1] == pytest.approx(log.c_index.max(), abs=1e-4)
 
 def test_predictions_in_all_their_forms(prepared, tmp_path):
-    learn = quiet(learner(prepared)); learn.path = tmp_path
+    learn = quiet(learner(prepared))
+    learn.path = tmp_path
     learn.fit(1)
     with learn.no_bar():
         p, y, loss = learn.get_preds(with_loss=True)
@@ -163,11 +172,13 @@ def dls_with_flows(prepared, registration, priors=1, **kwargs):
 
 def test_a_model_of_aligned_priors_is_not_asked_with_others(prepared):
     dls = dls_with_flows(prepared, still)
-    learn = quiet(lmvnet_learner(dls, None, 'small', 8, model_args=dict(width=4, heads=2), seed=0)); learn.fit(1)
+    learn = quiet(lmvnet_learner(dls, None, 'small', 8, model_args=dict(width=4, heads=2), seed=0))
+    learn.fit(1)
     with pytest.raises(InputError, match='registration'): predict(learn, prepared, split='test')
     assert len(predict(learn, prepared, split='test', registration=still))
     with pytest.raises(InputError, match='other splits|split'): predict(learn, prepared, split='test', dataset=dls.valid_ds)
-    plain = quiet(risk_learner(dls, UnalignedRisk('small', 8, width=4, heads=2))); plain.fit(1)
+    plain = quiet(risk_learner(dls, UnalignedRisk('small', 8, width=4, heads=2)))
+    plain.fit(1)
     assert len(predict(plain, prepared, split='test'))  # it never took the flows
 
 def test_a_missing_view_has_no_curve_of_its_own(prepared):
@@ -179,7 +190,11 @@ def test_a_missing_view_has_no_curve_of_its_own(prepared):
 
 class Plain(BaseRiskModel):
     "One layer, and nothing that keeps its logits from falling"
-    def __init__(self): super().__init__(); self.net = nn.Linear(1, 5); nn.init.zeros_(self.net.weight); self.net.bias.data.copy_(torch.tensor([0., 1, 2, 1, 3]))
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(1, 5)
+        nn.init.zeros_(self.net.weight)
+        self.net.bias.data.copy_(torch.tensor([0., 1, 2, 1, 3]))
     def forward(self, batch): return dict(logits_fused=self.net(batch['current_image_cc'].mean((1, 2, 3))[:, None]))
 
 class Rising(Plain):
@@ -200,11 +215,15 @@ class Mean(CurrentExamRisk):
 
 class Side(CurrentExamRisk):
     "Only the head of one view falls"
-    def forward(self, batch): o = super().forward(batch); return o | dict(logits_mlo=o['logits_mlo'] - torch.arange(5.))
+    def forward(self, batch):
+        o = super().forward(batch)
+        return o | dict(logits_mlo=o['logits_mlo'] - torch.arange(5.))
 
 class Further(CurrentExamRisk):
     "Heads of its own beside those of the views: one is trained, one is not"
-    def forward(self, batch): o = super().forward(batch); return o | dict(logits_own=o['logits_cc'] - torch.arange(5.), logits_score=o['logits_cc'][:, 0])
+    def forward(self, batch):
+        o = super().forward(batch)
+        return o | dict(logits_own=o['logits_cc'] - torch.arange(5.), logits_score=o['logits_cc'][:, 0])
     def get_risk_heads(self, outputs, batch): return super().get_risk_heads({k: v for k, v in outputs.items() if k != 'logits_score'}, batch)
 
 class Sum(CurrentExamRisk):
@@ -214,7 +233,9 @@ class Year(CurrentExamRisk):
 def beside(change):
     "A head of a view that is not trained, of another shape"
     class Beside(CurrentExamRisk):
-        def forward(self, batch): o = super().forward(batch); return o | dict(logits_cc=change(o['logits_cc']))
+        def forward(self, batch):
+            o = super().forward(batch)
+            return o | dict(logits_cc=change(o['logits_cc']))
         def get_risk_heads(self, outputs, batch): return dict(fused=super().get_risk_heads(outputs, batch)['fused'])
     return lambda: tiny(Beside)
 class One(CurrentExamRisk):
@@ -224,7 +245,8 @@ class Bare(Plain):
 
 @pytest.mark.parametrize('model, says', ((lambda: tiny(Side), 'logits_mlo of Side: row 0: .*never falls'), (lambda: tiny(One), r'of One: shape: found \[1, 5\]'), *((beside(f), r'logits_cc of Beside: shape: .*\[4, 5\], breasts') for f in (lambda z: z[:1], lambda z: z[:, :3], lambda z: z[:, -1])), (lambda: tiny(Sum), 'of Sum: row 0: .*from 0 to 1'), (lambda: tiny(Year), r'of Year: shape: found \[4\], expected \[4, 5\]'), (Bare, 'of Bare: row 0: .*never falls')))
 def test_what_no_table_can_be_made_of_is_refused_before_the_first_step(prepared, model, says):
-    torch.manual_seed(0); learn = risk_learn(prepared, model())
+    torch.manual_seed(0)
+    learn = risk_learn(prepared, model())
     before = [o.clone() for o in learn.model.parameters()]
     with pytest.raises(InputError, match=says): learn.fit(1)
     assert all(map(torch.equal, before, learn.model.parameters()))
@@ -237,7 +259,10 @@ def test_what_is_not_said_is_the_models_own_affair(prepared):
 
 def test_a_missing_view_has_no_curve_though_the_model_is_silent(prepared):
     class Silent(CurrentExamRisk):
-        def forward(self, batch): o = super().forward(batch); del o['present']; return o
+        def forward(self, batch):
+            o = super().forward(batch)
+            del o['present']
+            return o
         def get_risk_heads(self, outputs, batch): return {k: (outputs[f'logits_{k}'], batch['target'], batch['y_mask']) for k in ('fused', 'cc', 'mlo')}
     rows = breast_history(prepared.cohort, current='last')
     rows['image_id_mlo'] = rows.image_id_mlo.where(rows.index % 2 == 0)
@@ -245,7 +270,8 @@ def test_a_missing_view_has_no_curve_though_the_model_is_silent(prepared):
     assert (t.output == 'risk_mlo_year_1').sum() == (rows.index % 2 == 0).sum()
 
 def test_the_curve_of_a_missing_view_is_nobodys():
-    z = torch.zeros(2, 5); falls = z - torch.arange(5.)
+    z = torch.zeros(2, 5)
+    falls = z - torch.arange(5.)
     out = dict(logits_fused=z, logits_cc=z, logits_mlo=torch.stack([z[0], falls[1]]), present=torch.tensor([[1., 1], [1, 0]]))
     y = dict(target=z, y_mask=z+1)
     assert RiskObjective(DensityRisk())(out, y).isfinite()
@@ -264,7 +290,10 @@ def test_get_preds_and_validate_refuse_it_too(prepared):
 
 def test_an_answer_without_logits_fused_is_predicted(prepared):
     class Views(CurrentExamRisk):
-        def forward(self, batch): o = super().forward(batch); del o['logits_fused']; return o | dict(prior_weight_mlo=torch.tensor([[1., 0, 2]]).expand(len(o['logits_cc']), -1))
+        def forward(self, batch):
+            o = super().forward(batch)
+            del o['logits_fused']
+            return o | dict(prior_weight_mlo=torch.tensor([[1., 0, 2]]).expand(len(o['logits_cc']), -1))
         def get_primary_risk_head(self, outputs): return cumulative_risk(outputs['logits_cc'])
     t = predict(tiny(Views), prepared, split='test')
     assert (t.value[t.output == 'priors_used'] == 2).all() and (t.output == 'risk_year_1').any()
@@ -279,8 +308,10 @@ def test_a_model_whose_risk_falls_is_refused_at_its_first_batch(prepared):
 def test_the_learner_gives_the_answer_of_the_model(prepared):
     class Half(CurrentExamRisk):
         def get_primary_risk_head(self, outputs): return super().get_primary_risk_head(outputs)/2
-    torch.manual_seed(0); learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Half('small', stride=8), recipe=None))
-    p, _ = learn.get_preds(); learn.model.__class__ = CurrentExamRisk
+    torch.manual_seed(0)
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), Half('small', stride=8), recipe=None))
+    p, _ = learn.get_preds()
+    learn.model.__class__ = CurrentExamRisk
     whole, _ = learn.get_preds()
     assert torch.allclose(p*2, whole) and not torch.allclose(p, whole)
 
@@ -289,7 +320,8 @@ def test_how_many_have_a_prior_is_counted(prepared):
     assert f' {int((rows.previous_image_id_cc_1.notna() | rows.previous_image_id_mlo_1.notna()).sum())} with a prior' in repr(RiskDataset(prepared, rows)) and rows.previous_image_id_cc_1.isna().any()
 
 def test_an_exported_registration_is_the_same(prepared, tmp_path):
-    learn = quiet(registration_learner(pair_dls(prepared, bs=8, seed=0, device='cpu'), MammoRegNet(width=2, depth=1), seed=0)); learn.path = tmp_path
+    learn = quiet(registration_learner(pair_dls(prepared, bs=8, seed=0, device='cpu'), MammoRegNet(width=2, depth=1), seed=0))
+    learn.path = tmp_path
     learn.fit(1)
     learn.export('reg.pkl')
     assert (tmp_path/'reg.pkl').stat().st_size < 2e6
@@ -299,19 +331,24 @@ def test_an_exported_registration_is_the_same(prepared, tmp_path):
 
 # what a checkpoint, and what a model, is known by
 
-def other_net(): seed_everything(7); return MammoRegNet(width=2, depth=1)
+def other_net():
+    seed_everything(7)
+    return MammoRegNet(width=2, depth=1)
 
 @pytest.fixture(scope='module')
 def begun(prepared, tmp_path_factory):
     "A training that has come to its end: its folder, and its learner"
     folder = tmp_path_factory.mktemp('begun')
-    seed_everything(1); learn = quiet(learner(prepared, MammoRegNet(width=2, depth=1), folder))
+    seed_everything(1)
+    learn = quiet(learner(prepared, MammoRegNet(width=2, depth=1), folder))
     learn.fit(1)
     return folder, learn
 
 def anew(prepared, folder, net=None, dls=None, cbs=None, seed=0, model=None, **args):
     "The same learner again, or one that differs in something"
-    if net is None: seed_everything(1); net = MammoRegNet(width=2, depth=1)
+    if net is None:
+        seed_everything(1)
+        net = MammoRegNet(width=2, depth=1)
     dls = dls or risk_dls(prepared, bs=4, seed=0, device='cpu')
     return quiet(lmvnet_learner(dls, net, 'small', 8, model_args=dict(width=4, heads=2, **(model or {})), seed=seed, cbs=cbs, folder=folder, **{**dict(lr=1e-3, warmup=5), **args}))
 
@@ -356,38 +393,50 @@ def test_flows_of_another_registration_are_refused(prepared, tmp_path):
     def make(by):
         learn = lmvnet_learner(dls_with_flows(prepared, moved(by)), None, 'small', 8, model_args=dict(width=4, heads=2), seed=0, folder=tmp_path)
         return quiet(learn)
-    make(2.).fit(1); make(2.001).fit(1)
+    make(2.).fit(1)
+    make(2.001).fit(1)
     for by in (3., -2.):
         with pytest.raises(InputError, match='flows'): make(by).fit(1)
 
 def test_validate_neither_needs_a_training_nor_takes_up_a_checkpoint(prepared, tmp_path):
     "fastai tells callbacks that a fit begins there too: the best weights stay, and nothing is written"
     learn = anew(prepared, tmp_path)
-    learn.validate(); assert not list(tmp_path.iterdir())
-    learn.fit(3, 1e-2); file = (tmp_path/'checkpoint.pt').read_bytes()
+    learn.validate()
+    assert not list(tmp_path.iterdir())
+    learn.fit(3, 1e-2)
+    file = (tmp_path/'checkpoint.pt').read_bytes()
     for p in learn.model.parameters(): p.data.add_(.01)
     now = [p.clone() for p in learn.model.parameters()]
-    with learn.no_bar(): learn.validate(); learn.get_preds()
+    with learn.no_bar():
+        learn.validate()
+        learn.get_preds()
     assert all(map(torch.equal, now, learn.model.parameters())) and (tmp_path/'checkpoint.pt').read_bytes() == file
 
 def test_a_schedule_is_compared(prepared, tmp_path):
     make = lambda: quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), DensityRisk(), recipe=None, folder=tmp_path))
-    make().fit_one_cycle(1, 1e-3); make().fit_one_cycle(1, 1e-3)
+    make().fit_one_cycle(1, 1e-3)
+    make().fit_one_cycle(1, 1e-3)
     with pytest.raises(InputError, match='lr|schedule'): make().fit_one_cycle(1, 2e-3)
     with pytest.raises(InputError, match='param_scheduler|schedule'): make().fit(1)
 
 def test_a_registration_is_taken_up_too(prepared, tmp_path):
     make = lambda **k: quiet(registration_learner(pair_dls(prepared, bs=8, seed=0, device='cpu'), MammoRegNet(width=2, depth=1), folder=tmp_path, seed=0, **k))
-    make().fit(1); make().fit(1)
+    make().fit(1)
+    make().fit(1)
     with pytest.raises(InputError, match='loss.smooth'): make(smooth=2.).fit(1)
 
 def small(): return LMVNet('small', None, 8, width=4, heads=2)
 
 def test_what_a_model_was_trained_on_goes_where_its_weights_go(prepared, tmp_path):
-    learn = quiet(risk_learner(risk_dls(prepared, bs=4, priors=3, seed=0, device='cpu'), small())); net = learn.model
-    learn.validate(); assert not net.training_info  # nothing was trained
-    learn.fit(1); torch.save(net.state_dict(), tmp_path/'net.pt')
-    new = small(); assert not new.training_info; new.load_state_dict(torch.load(tmp_path/'net.pt', weights_only=True))
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, priors=3, seed=0, device='cpu'), small()))
+    net = learn.model
+    learn.validate()
+    assert not net.training_info  # nothing was trained
+    learn.fit(1)
+    torch.save(net.state_dict(), tmp_path/'net.pt')
+    new = small()
+    assert not new.training_info
+    new.load_state_dict(torch.load(tmp_path/'net.pt', weights_only=True))
     other = prepare_cohort(prepared.cohort, prepared.cache.folder, PrepareConfig(size=(48, 64)), workers=1, progress=False)
     rows, one = (breast_history(prepared.cohort, p, current='last') for p in (3, 1))
     for m in (net, new):
@@ -400,7 +449,9 @@ def test_what_a_model_was_trained_on_goes_where_its_weights_go(prepared, tmp_pat
         fewer = predict(m, prepared, split='test', priors=1)  # as it knows them from training
         assert fewer.equals(predict(m, prepared, split='test', dataset=RiskDataset(prepared, one[one.split == 'test'])))
     old = {k: v for k, v in net.state_dict().items() if k != 'trained_on'}  # weights that do not say: nothing is known of them, whoever gets them
-    for m in (small(), net): m.load_state_dict(old); assert not m.training_info and len(predict(m, other, split='test'))
+    for m in (small(), net):
+        m.load_state_dict(old)
+        assert not m.training_info and len(predict(m, other, split='test'))
     with pytest.raises(RuntimeError, match='unexpected|Unexpected'): small().load_state_dict(old | dict(more=torch.ones(1)))
 
 def test_baselines_are_asked_with_the_samples_of_the_others(prepared):
@@ -412,7 +463,10 @@ def test_baselines_are_asked_with_the_samples_of_the_others(prepared):
         assert len(predict(learn, pictures, dataset=RiskDataset(pictures, rows, priors=3)))
     with pytest.raises(InputError, match='size'): predict(quiet_fit(prepared, CurrentExamRisk('small', 8, width=4)), other, rows=rows)
 
-def quiet_fit(prepared, net): learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), net)); learn.fit(1); return learn
+def quiet_fit(prepared, net):
+    learn = quiet(risk_learner(risk_dls(prepared, bs=4, seed=0, device='cpu'), net))
+    learn.fit(1)
+    return learn
 
 @pytest.mark.parametrize('gap', [float('nan'), -1.])
 def test_a_prior_without_a_date_is_refused(prepared, gap):
@@ -421,7 +475,9 @@ def test_a_prior_without_a_date_is_refused(prepared, gap):
     with pytest.raises(InputError, match=f'time_gap_1: found {gap} in row 1'): RiskDataset(prepared, rows)
 
 def test_a_learner_that_was_exported_remembers_too(prepared, tmp_path):
-    learn = quiet(learner(prepared)); learn.path = tmp_path; learn.fit(1)
+    learn = quiet(learner(prepared))
+    learn.path = tmp_path
+    learn.fit(1)
     learn.export('learner.pkl')
     with pytest.raises(InputError, match='not aligned'): predict(load_learner(tmp_path/'learner.pkl'), prepared, split='test', registration=still)
 
@@ -431,5 +487,7 @@ def test_a_learner_that_was_exported_remembers_too(prepared, tmp_path):
 def test_a_new_model_begins_at_the_risk_of_the_training_breasts(censoring):
     "100 women, ten cancers a year, all followed: 10 % to 50 %, however the years after a cancer are masked"
     known = survival_target([*([y+.5 for y in range(5)]*10), *[float('nan')]*50], [5.]*100, censoring=censoring)
-    model = DensityRisk(); model.layer = CumulativeProbabilityLayer(1); start_at_risk(model.layer, known)
+    model = DensityRisk()
+    model.layer = CumulativeProbabilityLayer(1)
+    start_at_risk(model.layer, known)
     assert torch.allclose(model.layer(torch.zeros(1, 1))[0].sigmoid(), torch.tensor([.1, .2, .3, .4, .5]), atol=1e-4)

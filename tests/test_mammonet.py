@@ -36,9 +36,14 @@ def prepared(tmp_path_factory):
 def test_fusion_loss_cannot_be_beaten(b):
     best = math.log(1+(b-1)*math.exp(-b/(b-1)))
     assert math.isclose(best, {2: .1269, 4: .5827, 8: 1.1732, 16: 1.8185, 32: 2.4884}[b], abs_tol=1e-4)
-    seed_everything(b); x = torch.randn(b, 32, requires_grad=True); opt = torch.optim.Adam([x], .1)
+    seed_everything(b)
+    x = torch.randn(b, 32, requires_grad=True)
+    opt = torch.optim.Adam([x], .1)
     for _ in range(400):
-        loss = bidirectional_fusion_loss(x, x); opt.zero_grad(); loss.backward(); opt.step()
+        loss = bidirectional_fusion_loss(x, x)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
     assert best-1e-5 < float(loss.detach()) < best+.02  # an optimiser comes to the bound from above, and stays there
 
 CASES = [(d, t) for d in ('fused_to_view', 'view_to_fused', 'symmetric') for t in (None, (1., 0., 1., 1., 0., 1., 1., 1.), (1., 1., 0., 1., 0., 0., 0., 0.))]  # the last: one process has no such view at all
@@ -57,7 +62,9 @@ def _worker(rank, path, out):
             torch.distributed.all_reduce(both)
             found[direction, there] = (both/2).tolist()  # what distributed training does: the mean over the processes
         for k in (0, 1):
-            both = _taught(_batch()[2], mine, k); torch.distributed.all_reduce(both); found[k, 'loss'] = (both/2).tolist()
+            both = _taught(_batch()[2], mine, k)
+            torch.distributed.all_reduce(both)
+            found[k, 'loss'] = (both/2).tolist()
         net = torch.nn.parallel.DistributedDataParallel(_net('cross_view_gaze'))  # as fastai and accelerate wrap it
         for _ in range(3): _step(net, mine)
         refused = ''
@@ -72,13 +79,17 @@ def _batch():
 
 def _taught(w, mine, uneven):
     "All terms of the loss and their gradient, of some breasts of a batch of 8; gaze of 9 of 16 views, one label not known"
-    g = torch.Generator().manual_seed(1); r = lambda *s: torch.randn(*s, generator=g)
+    g = torch.Generator().manual_seed(1)
+    r = lambda *s: torch.randn(*s, generator=g)
     w = w.clone().requires_grad_()
     maps = {k: torch.einsum('bihw,ij->bhw', r(8, 6, 8, 8), w) for k in ('cam_cc', 'cam_mlo')} | {k: torch.einsum('bikhw,ij->bkhw', r(8, 6, 3, 8, 8), w) for k in ('scan_cc', 'scan_mlo')}
     vectors = [(r(8, 6) @ w, r(8, 6) @ w.T) for _ in range(2)]
     gaze = {k: r(8, 3, 8, 8).abs() for k in ('gaze_cc', 'gaze_mlo')}
     logit, label, has = (r(8, 6) @ w).sum(1), (r(8) > 0).float(), torch.ones(8, 2)
-    if uneven: has[4:] = 0; has[6, 1] = 1; label[2] = torch.nan
+    if uneven:
+        has[4:] = 0
+        has[6, 1] = 1
+        label[2] = torch.nan
     cut = lambda d: {k: v[mine] for k, v in d.items()}
     pred = cut(maps) | dict(logit=logit[mine], present=torch.ones(2, 8)[:, mine], vectors=[p[mine] for p, _ in vectors], predicted=[q[mine] for _, q in vectors])
     loss = MammoNetLoss(.5, .2, .1, 2.)(pred, cut(gaze) | dict(label=label[mine], has_gaze=has[mine]))
@@ -89,17 +100,22 @@ def _net(variant):
     return MammoNet('small', stride=8, width=8, embed=16, hidden=8, heads=2, head_dim=8, dropout=0., fusion='bfl' in variant)
 
 def _step(net, mine):
-    g = torch.Generator().manual_seed(2); x = {f'image_{v}': torch.rand(8, 1, 64, 48, generator=g)[mine] for v in ('cc', 'mlo')}
+    g = torch.Generator().manual_seed(2)
+    x = {f'image_{v}': torch.rand(8, 1, 64, 48, generator=g)[mine] for v in ('cc', 'mlo')}
     y = dict(label=torch.tensor([1., 0]*4)[mine], has_gaze=torch.ones(8, 2)[mine], **{f'gaze_{v}': torch.rand(8, 1, 8, 6, generator=g)[mine] for v in ('cc', 'mlo')})
-    net.zero_grad(); MammoNetLoss(.5, 0.)(net(x), y).backward()
+    net.zero_grad()
+    MammoNetLoss(.5, 0.)(net(x), y).backward()
     assert all(p.grad is not None for p in net.parameters())
 
 def test_two_processes_are_one(tmp_path):
-    ctx = mp.get_context('spawn'); out = ctx.Queue()
+    ctx = mp.get_context('spawn')
+    out = ctx.Queue()
     ps = [ctx.Process(target=_worker, args=(r, tmp_path/'store', out)) for r in range(2)]
     for p in ps: p.start()
     found, refused = out.get(timeout=120)
-    for p in ps: p.join(60); assert p.exitcode == 0
+    for p in ps:
+        p.join(60)
+        assert p.exitcode == 0
     p, q, w = _batch()
     assert len(found) == len(CASES)+2
     for k in (0, 1): assert np.allclose(found.pop((k, 'loss')), _taught(w, slice(0, 8), k), atol=1e-5), 'the whole loss'
@@ -141,9 +157,11 @@ def test_losses_of_single_breasts_and_the_wrapper_of_several_gpus(prepared):
     dls = two_view_dls(prepared, bs=4, gaze=True, seed=0, augment=None)
     learn = mammonet_learner(dls, 'mammonet', **SMALL, seed=0)
     with learn.no_bar(), learn.no_logging():
-        each = learn.get_preds(with_loss=True)[2]; assert each.shape == (len(dls.valid_ds),) and each.isfinite().all()
+        each = learn.get_preds(with_loss=True)[2]
+        assert each.shape == (len(dls.valid_ds),) and each.isfinite().all()
         assert np.isclose(each.mean(), learn.validate()[0], rtol=1e-5)
-        learn.to_parallel(); learn.fit(1)  # ends with the weights of the best epoch, without the wrapper
+        learn.to_parallel()
+        learn.fit(1)  # ends with the weights of the best epoch, without the wrapper
     assert learn.keep_best.epoch_of_best == 0 and not isinstance(learn.model, nn.DataParallel)
 
 # -- gaze is for training only (5)
@@ -174,53 +192,68 @@ def test_gaze_on_pictures_whose_table_knows_the_spacing(tmp_path):
 
 def test_one_reading_for_two_pictures(prepared):
     "A log that cannot tell two pictures apart would teach one by the other's gaze"
-    was, paths = prepared.cohort.images.gaze_path.copy(), prepared.cohort.images.path.copy(); two = prepared.cohort.images.index[:2]
+    was, paths = prepared.cohort.images.gaze_path.copy(), prepared.cohort.images.path.copy()
+    two = prepared.cohort.images.index[:2]
     try:
         read_gaze(prepared.cohort.file(was[two[0]])).to_csv(prepared.cohort.root/'one.csv', index=False)
         prepared.cohort.images.loc[two, 'gaze_path'] = 'one.csv'
         with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell images apart'): TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=True)
-        prepared.cohort.images['gaze_path'] = was; split = prepared.cohort.images.split  # also where one is learned from and the other watched
+        prepared.cohort.images['gaze_path'] = was
+        split = prepared.cohort.images.split  # also where one is learned from and the other watched
         prepared.cohort.images.loc[[split.eq(k).idxmax() for k in ('train', 'valid')], 'gaze_path'] = 'one.csv'
         with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell images apart'): two_view_dls(prepared, bs=4, gaze=True)
-        prepared.cohort.images['gaze_path'] = was; one, other = (prepared.cohort.images[split == k].iloc[0] for k in ('train', 'test'))  # also where the other is never looked at
+        prepared.cohort.images['gaze_path'] = was
+        one, other = (prepared.cohort.images[split == k].iloc[0] for k in ('train', 'test'))  # also where the other is never looked at
         (prepared.cohort.root/'one.csv').write_text(f'D:\\A\\{Path(one.path).stem}.png;1;[[5, 6]];[];(-1, -1)\n')
         for k, (path, twin) in enumerate((('A/', one), ('B/', other))): prepared.cohort.images.loc[twin.name, ['gaze_path', 'path']] = 'one.csv', path + Path(one.path).name
         with pytest.raises(ValueError, match='one.csv: reading: found one, for .* and for .*tell images apart'): two_view_dls(prepared, bs=4, gaze=True)
-        prepared.cohort.images.loc[other.name, 'path'] = 'B/another.dcm'; two_view_dls(prepared, bs=4, gaze=True)
+        prepared.cohort.images.loc[other.name, 'path'] = 'B/another.dcm'
+        two_view_dls(prepared, bs=4, gaze=True)
     finally: prepared.cohort.images['gaze_path'], prepared.cohort.images['path'] = was, paths
 
 def test_two_readers_of_a_picture(prepared):
     "Each reading is cut into its own parts: the same reading twice teaches the same order as once"
     was, image = prepared.cohort.images.gaze_path.copy(), prepared.cohort.images.iloc[0].image_id
-    g = read_gaze(prepared.cohort.file(was.iloc[0])); part = lambda: TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=True, gaze_slices=3).gaze_maps[image]
+    g = read_gaze(prepared.cohort.file(was.iloc[0]))
+    part = lambda: TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=True, gaze_slices=3).gaze_maps[image]
     try:
-        once = part(); both = pd.concat([g, g.assign(reading=1)]); both.to_csv(prepared.cohort.root/'both.csv', index=False)
+        once = part()
+        both = pd.concat([g, g.assign(reading=1)])
+        both.to_csv(prepared.cohort.root/'both.csv', index=False)
         prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = 'both.csv'
         assert torch.allclose(part(), once, atol=1e-5) and (once[0]-once[2]).abs().max() > .05
         looks = lambda image_id, g: find_fixations(g.assign(time_ms=g.duration_ms.cumsum()), 20)  # a function that makes fixations of them leaves them two
-        ds = TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=looks, gaze_slices=3); prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = was.iloc[0]
+        ds = TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=looks, gaze_slices=3)
+        prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = was.iloc[0]
         assert torch.allclose(ds.gaze_maps[image], TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=looks, gaze_slices=3).gaze_maps[image], atol=1e-5)
         prepared.cohort.images.loc[prepared.cohort.images.index[0], 'gaze_path'] = 'both.csv'
-        both.drop(columns='reading').to_csv(prepared.cohort.root/'both.csv', index=False); assert not torch.allclose(part(), once, atol=.05)
+        both.drop(columns='reading').to_csv(prepared.cohort.root/'both.csv', index=False)
+        assert not torch.allclose(part(), once, atol=.05)
     finally: prepared.cohort.images['gaze_path'] = was
 
 def test_a_window_that_was_not_told(prepared, tmp_path):
     "Gaze that keeps to the upper left of every picture was recorded on smaller ones"
-    images = prepared.cohort.images.copy(); was = prepared.cohort.images.gaze_path.copy()
+    images = prepared.cohort.images.copy()
+    was = prepared.cohort.images.gaze_path.copy()
     try:
         for k, r in enumerate(images.dropna(subset='gaze_path').itertuples()):
-            g = read_gaze(prepared.cohort.file(r.gaze_path)); name = f'small_{r.image_id}.csv'
+            g = read_gaze(prepared.cohort.file(r.gaze_path))
+            name = f'small_{r.image_id}.csv'
             if k == 0: g = g.assign(row=np.nan, col=np.nan)  # says nothing of the window
-            g.assign(row=g.row*.3, col=g.col*.3).to_csv(prepared.cohort.root/name, index=False); prepared.cohort.images.loc[r.Index, 'gaze_path'] = name
+            g.assign(row=g.row*.3, col=g.col*.3).to_csv(prepared.cohort.root/name, index=False)
+            prepared.cohort.images.loc[r.Index, 'gaze_path'] = name
         with pytest.raises(ValueError, match='gaze_display_rows: found None, and on none of'): TwoViewDataset(prepared, breast_table(prepared.cohort), gaze=True)
     finally: prepared.cohort.images['gaze_path'] = was
 
 def test_a_breast_without_gaze_teaches_by_its_label_only(prepared):
     full, part = (TwoViewDataset(prepared, two_view_dls(prepared, bs=4, gaze=True).train_ds.rows, gaze=g) for g in (True, lambda i, g: None))
-    seed_everything(0); net = MammoNet('small', stride=8, width=8, embed=16, hidden=8, heads=2, head_dim=8, dropout=0.).eval()
+    seed_everything(0)
+    net = MammoNet('small', stride=8, width=8, embed=16, hidden=8, heads=2, head_dim=8, dropout=0.).eval()
     batch = lambda ds: tuple({k: torch.stack([s[j][k] for s in (ds[0], ds[1], ds[2])]) for k in ds[0][j]} for j in range(2))
     def grads(loss, ds):
-        x, y = batch(ds); net.zero_grad(); loss(net(x), y).backward()
+        x, y = batch(ds)
+        net.zero_grad()
+        loss(net(x), y).backward()
         return {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
     a, b = grads(MammoNetLoss(.5, 0), part), grads(MammoNetLoss(0, 0), part)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -238,7 +271,9 @@ def test_the_augmented_gaze_is_where_the_augmented_lesion_is(prepared):
     x, y = TwoViewInputs(x), TwoViewTargets(y)
     a, b = Augment(rotate=20, shift=.1, scale=.1, gain=0, gamma=0, flip=.5)((x, y), split_idx=0)
     def centre(m):
-        m = m[:, 0]; h, w = m.shape[1:]; m = m/m.sum((1, 2), keepdim=True)
+        m = m[:, 0]
+        h, w = m.shape[1:]
+        m = m/m.sum((1, 2), keepdim=True)
         return torch.stack([(m.sum(2)*(torch.arange(h)+.5)/h).sum(1), (m.sum(1)*(torch.arange(w)+.5)/w).sum(1)], 1)
     for v in ('cc', 'mlo'): assert (centre(a[f'image_{v}'])-centre(b[f'gaze_{v}'])).abs().max() < .02
 
@@ -268,7 +303,8 @@ def test_learner_finds_rates_exports_and_comes_back(prepared, tmp_path):
     dls = two_view_dls(prepared, bs=4, gaze=True, seed=0)
     learn = mammonet_learner(dls, 'mammonet', **SMALL, seed=0, path=tmp_path)
     with learn.no_bar(), learn.no_logging():
-        learn.lr_find(num_it=5, show_plot=False); learn.fit(1)
+        learn.lr_find(num_it=5, show_plot=False)
+        learn.fit(1)
         want = learn.get_preds()[0]
         learn.export('m.pkl')
         again = load_learner(tmp_path/'m.pkl', cpu=True)

@@ -18,7 +18,8 @@ def project(tmp_path):
     (root/'nbs/a/01_good.ipynb').write_text(notebook('x = 1', 'assert x == 1'))
     (root/'tests/test_guards_a.py').write_text('def test_guard(): assert True\n')
     (root/'tests/test_b.py').write_text('import pytest\ndef test_one(): assert True\ndef test_two(): pytest.skip("no data")\n')
-    git('init', '-q', cwd=root); git('add', '-A', cwd=root)
+    git('init', '-q', cwd=root)
+    git('add', '-A', cwd=root)
     return root
 
 def run(root, *args):
@@ -58,15 +59,19 @@ def test_notebooks_merge_cell_by_cell(project, tmp_path):
     me = ['-c', 'user.name=a', '-c', 'user.email=a@localhost']
     (project/'.gitattributes').write_text((ROOT/'.gitattributes').read_text())
     (project/'.gitignore').write_text((ROOT/'.gitignore').read_text())
-    nb.write_text(notebook('x = 1', 'y = 2')); git('add', '-A', cwd=project); git(*me, 'commit', '-qm', 'both', cwd=project)
+    nb.write_text(notebook('x = 1', 'y = 2'))
+    git('add', '-A', cwd=project)
+    git(*me, 'commit', '-qm', 'both', cwd=project)
     main = git('branch', '--show-current', cwd=project).strip()
     r = subprocess.run([sys.executable, '.ci/hooks.py'], cwd=project, env=env, capture_output=True, text=True)
     assert r.returncode == 0 and 'Hooks are installed' in r.stdout, r.stdout + r.stderr
     git('checkout', '-qb', 'other', cwd=project)
     said = lambda text, who: text.replace('"display_name": "python3"', f'"display_name": "{who}"')  # plain git would call this a conflict
-    nb.write_text(said(notebook('x = 1', 'y = 3'), 'theirs')); git(*me, 'commit', '-qam', 'second cell', cwd=project)
+    nb.write_text(said(notebook('x = 1', 'y = 3'), 'theirs'))
+    git(*me, 'commit', '-qam', 'second cell', cwd=project)
     git('checkout', '-q', main, cwd=project)
-    nb.write_text(said(notebook('x = 0', 'y = 2'), 'ours')); git(*me, 'commit', '-qam', 'first cell', cwd=project)
+    nb.write_text(said(notebook('x = 0', 'y = 2'), 'ours'))
+    git(*me, 'commit', '-qam', 'first cell', cwd=project)
     r = subprocess.run(['git', *me, 'merge', '-q', '-m', 'merged', 'other'], cwd=project, env=env, capture_output=True, text=True)
     assert r.returncode == 0 and 'not found' not in r.stderr, r.stdout + r.stderr
     assert [''.join(c['source']) for c in json.loads(nb.read_text())['cells']] == ['x = 0', 'y = 3']

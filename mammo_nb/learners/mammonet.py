@@ -96,6 +96,12 @@ def _variant_options(ds, variant, weights):
     return dict(views=views, fusion=bool(weights['fusion']), n_slices=n_slices)
 
 # %% ../../nbs/learners/30_mammonet.ipynb #0efe3f20
+def _new_model(encoder, options, rows):
+    "A Mammo-Net that predicts the prevalence of these rows; `None`: as initialised"
+    model = MammoNet(encoder, **options)
+    if rows is not None: start_at_prevalence(model.head.logit, rows.label.mean())
+    return model
+
 def _own_callbacks(keep_best):
     "Callbacks that every training has"
     own = [SelectOutput(), FitHealth()]
@@ -135,16 +141,14 @@ def mammonet_learner(
     "Make a fastai learner for Mammo-Net and every part of it"
     weights = _term_weights(variant, gaze_weight, fusion_weight, scan_weight)
     options = _variant_options(dls.train_ds, variant, weights)
-    labels = dls.train_ds.rows.label.to_numpy()
     if seed is not None: seed_everything(seed)
     if model is not None: _check_model(model, variant, *options.values(), model_args)
     else:
-        options |= dict(stride=stride, pretrained=pretrained)
-        model = MammoNet(encoder, **options, **(model_args or {}))
-        if start: start_at_prevalence(model.head.logit, labels.mean())
+        options |= dict(stride=stride, pretrained=pretrained) | (model_args or {})
+        model = _new_model(encoder, options, dls.train_ds.rows if start else None)
     model = model.to(memory_format=torch.channels_last)
     model.set_training_info(dls.description | dict(variant=variant))
-    weight = positive_weight(class_weight, labels, 'mammonet_learner')
+    weight = positive_weight(class_weight, dls.train_ds.rows.label.to_numpy(), 'mammonet_learner')
     terms = weights | dict(pos_weight=weight) | (loss_args or {})
     loss = MammoNetLoss(*weights.values(), weight, **(loss_args or {}))
     own = _own_callbacks(keep_best and metrics is None)
