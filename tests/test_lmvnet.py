@@ -19,7 +19,7 @@ from mammo_nb.core.errors import InputError
 from mammo_nb.registration.prior_flows import prior_flows
 from mammo_nb.samples.augment import Augment
 from mammo_nb.samples.risk import RiskDataset, breast_history, risk_dls
-from mammo_nb.learners.registration import registration_learner
+from mammo_nb.learners.registration import evaluate_registration, registration_learner
 from mammo_nb.cohort.labels import survival_target
 from mammo_nb.learners.risk import (
     start_at_risk, RiskCIndex, RiskObjective, lmvnet_learner, risk_learner
@@ -31,6 +31,7 @@ from mammo_nb.models.lmvnet import LMVNet, UnalignedRisk
 from mammo_nb.models.risk import BaseRiskModel
 from mammo_nb.models.risk_baselines import CurrentExamRisk, DensityRisk
 from mammo_nb.models.cumulative import CumulativeProbabilityLayer, cumulative_risk
+from mammo_nb.registration.instance_optimisation import InstanceOptimised
 from mammo_nb.registration.mammoregnet import MammoRegNet
 
 # several processes
@@ -491,3 +492,38 @@ def test_a_new_model_begins_at_the_risk_of_the_training_breasts(censoring):
     model.layer = CumulativeProbabilityLayer(1)
     start_at_risk(model.layer, known)
     assert torch.allclose(model.layer(torch.zeros(1, 1))[0].sigmoid(), torch.tensor([.1, .2, .3, .4, .5]), atol=1e-4)
+
+
+# -- registrations that do not fit
+
+@pytest.fixture(scope='module')
+def foreign_registration():
+    "A registration network that was trained on smaller images"
+    network = MammoRegNet(width=4, depth=1)
+    network.set_training_info(dict(prepare=dict(size=[32, 24])))
+    return network
+
+
+def test_a_registration_of_other_images_is_refused_wherever_it_aligns(prepared, foreign_registration):
+    rows = breast_history(prepared.cohort)
+    pairs = pair_dls(prepared, bs=2, device='cpu').valid_ds
+    for where, call in dict(
+            lmvnet_learner=lambda: learner(prepared, foreign_registration),
+            prior_flows=lambda: prior_flows(prepared, rows, foreign_registration, progress=False),
+            evaluate_registration=lambda: evaluate_registration(foreign_registration, pairs)).items():
+        with pytest.raises(InputError, match=rf'{where}: prepared images, size: found \[64, 48\], expected \[32, 24\]'):
+            call()
+
+
+def test_an_optimised_registration_is_that_of_its_network(prepared, foreign_registration):
+    with pytest.raises(InputError, match='prepared images, size'):
+        learner(prepared, InstanceOptimised(foreign_registration))
+
+
+def test_a_learner_is_taken_as_its_network_and_a_folder_is_refused(prepared):
+    trained = registration_learner(pair_dls(prepared, bs=2, device='cpu'), model_args=dict(width=4, depth=1))
+    assert learner(prepared, trained).model.registration is trained.model
+    with pytest.raises(InputError, match='lmvnet_learner: registration: found .*mn.load_model'):
+        learner(prepared, 'models/registration')
+    with pytest.raises(InputError, match='LMVNet: registration: found function'):
+        learner(prepared, lambda fixed, moving: fixed)

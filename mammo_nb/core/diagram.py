@@ -178,13 +178,15 @@ def draw_scale_bar(
     ax, # axes with an image, 1 unit a pixel
     pixel_spacing_mm:float, # size of a pixel, mm
     length_mm:float=20., # of the bar, mm
-    color:str='w' # of bar and text
+    color:str='w', # of bar and text
+    corner:str='right' # lower corner that it is drawn in, `left` or `right`
 ):
     "Draw a bar of known length on an image"
-    bottom = max(ax.get_ylim())
+    bottom, width = max(ax.get_ylim()), max(ax.get_xlim())
     y = .95*bottom
-    end = .95*max(ax.get_xlim())
-    start = end - length_mm/pixel_spacing_mm
+    length = length_mm/pixel_spacing_mm
+    start = .05*width if corner == 'left' else .95*width - length
+    end = start + length
     ax.plot([start, end], [y, y], color=color, lw=2)
     text = f'{length_mm:g} mm'
     place = dict(ha='center', va='bottom')

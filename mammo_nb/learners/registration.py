@@ -32,6 +32,7 @@ from ..registration.error import flow_error
 from ..registration.folding import folding_percent, jacobian_determinant
 from ..registration.flow import warp
 from ..registration.mammoregnet import MammoRegNet
+from ..registration.prior_flows import check_registration
 from ..registration.losses import RegistrationLoss, ncc
 from ..preparation.prepared_cohort import PreparedCohort
 from ..samples.pairs import PairDataset, exam_pairs, pair_dls
@@ -200,6 +201,8 @@ def evaluate_registration(
     threads:int|None=None # that torch may use; `None`: as it is
 )->pd.DataFrame: # one row per pair: ids, error, folding, correlation before and after, seconds
     "Measure a registration on each pair"
+    if registration is not None:
+        registration = check_registration(registration, ds.prepared, 'evaluate_registration')
     n_threads = torch.get_num_threads()
     if threads: torch.set_num_threads(threads)
     rows = []

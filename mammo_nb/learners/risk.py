@@ -43,7 +43,7 @@ from ..models.risk import BaseRiskModel
 from ..models.cumulative import CumulativeProbabilityLayer, check_cumulative, cumulative_risk
 from ..models.risk_baselines import CurrentExamRisk, DensityRisk
 from ..preparation.prepared_cohort import PreparedCohort
-from ..registration.prior_flows import prior_flows
+from ..registration.prior_flows import check_registration, prior_flows
 from ..samples.risk import RiskDataset, breast_history, risk_dls
 
 # %% ../../nbs/learners/25_risk.ipynb #5d5d14ec
@@ -323,7 +323,9 @@ def lmvnet_learner(
     if seed is not None: seed_everything(seed)
     ds = dls.train_ds
     _warn_small_map(ds.size, stride, 'lmvnet_learner')
-    if registration is None and ds.flows is None and ds.priors:
+    if registration is not None:
+        registration = check_registration(registration, ds.prepared, 'lmvnet_learner')
+    elif ds.flows is None and ds.priors:
         print('lmvnet_learner: neither a registration nor flows in the loaders: '
               'priors are not aligned, as in UnalignedRisk')
     model = LMVNet(

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from ..core.errors import check_range
+from ..core.errors import InputError, check_range
 from .cumulative import CumulativeProbabilityLayer
 from .dual_stream import DualStreamBlock
 from .encoders import make_encoder
@@ -19,6 +19,13 @@ from .freezing import freeze_module
 from .longitudinal import LongitudinalFeatureProcessor
 from .risk import BaseRiskModel
 from .views import fuse_view_risks, presence_masks
+
+# %% ../../nbs/models/42_lmvnet.ipynb #c7a4410e
+def _check_module(registration):
+    "Refuse what has no weights to freeze"
+    if isinstance(registration, nn.Module): return registration
+    expected = 'a network; flows of a function go into the loaders, see prior_flows'
+    raise InputError('LMVNet', 'registration', type(registration).__name__, expected)
 
 # %% ../../nbs/models/42_lmvnet.ipynb #765383df
 class LMVNet(BaseRiskModel):
@@ -52,7 +59,7 @@ class LMVNet(BaseRiskModel):
         if isinstance(encoder, str):
             encoder = make_encoder(encoder, stride, pretrained, **kwargs)
         if freeze_encoder: freeze_module(encoder)
-        if registration is not None: freeze_module(registration)
+        if registration is not None: freeze_module(_check_module(registration))
         self.processor = LongitudinalFeatureProcessor(encoder, diff_mode, prior_mode)
         self.registration = registration
         dim = 3*encoder.channels

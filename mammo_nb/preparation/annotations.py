@@ -9,6 +9,7 @@ __all__ = ['prepared_findings', 'read_nipple', 'read_lesion_mask', 'map_layer', 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from ..core.diagram import draw_scale_bar
 from ..core.errors import InputError
 from .prepared_cohort import PreparedCohort, check_prepared
 from .resampling import sample_matrix
@@ -104,14 +105,9 @@ def map_layer(
 # %% ../../nbs/preparation/30_annotations.ipynb #3b27e736
 def _draw_scale_bar(ax, shape, spacing_mm):
     "A bar of a round length, at most 30 % of the width"
-    height, width = shape
-    width_mm = width*spacing_mm
+    width_mm = shape[1]*spacing_mm
     length_mm = max((n for n in (1, 2, 5, 10, 20, 50) if n <= .3*width_mm), default=1)
-    right, row = .95*width, .95*height
-    left = right - length_mm/spacing_mm
-    ax.plot([left, right], [row, row], color='w', lw=2)
-    text_row = row - .02*height
-    ax.text(right, text_row, f'{length_mm} mm', color='w', fontsize=9, ha='right', va='bottom')
+    draw_scale_bar(ax, spacing_mm, length_mm)
 
 def _draw_annotations(ax, prepared, image_id):
     "Boxes and nipple"

@@ -79,7 +79,8 @@ def _scale_bars(axs, spacings):
     "A scale bar on each image whose pixel size is known"
     for ax, key in zip(axs.ravel(), np.ravel(HANGING)):
         spacing = spacings.get(key)
-        if spacing and np.isfinite(spacing): draw_scale_bar(ax, spacing)
+        corner = 'right' if key.startswith('R') else 'left' # the name of the view is in the other
+        if spacing and np.isfinite(spacing): draw_scale_bar(ax, spacing, corner=corner)
 
 def exam_annotations(
     cohort:Cohort, # the cohort
