@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 from PIL import Image
+from scipy.spatial import cKDTree
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import clean_nb
@@ -25,17 +26,39 @@ def notebooks(nbs, names):
     if names: return [Path(n).resolve() for n in names]
     return [p for p in sorted(nbs.rglob('*.ipynb')) if not any(o.startswith(('_', '.')) for o in p.relative_to(nbs).parts)]
 
+GREYS, COLOURED = 64, 40 # levels of grey in a palette; a pixel is coloured if its channels differ by more
+
+def mixed_palette(original, colours):
+    "Even levels of grey, and the colours that the coloured pixels of an image [h,w,3] need: [n,3]"
+    levels = np.linspace(0, 255, GREYS).round().astype(np.uint8)
+    palette = np.repeat(levels[:, None], 3, axis=1)
+    coloured = original[np.ptp(original.astype(int), axis=2) > COLOURED]
+    if not len(coloured): return palette
+    strip = Image.fromarray(coloured[None]).quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    own = np.array(strip.getpalette()[:3*colours], np.uint8).reshape(-1, 3)
+    return np.concatenate([palette, own])
+
+def nearest(original, palette):
+    "The place in a palette of the nearest colour to each pixel [h,w]"
+    packed = original.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
+    values, inverse = np.unique(packed, return_inverse=True)
+    colours = np.stack([values >> 16, values >> 8 & 255, values & 255], 1)
+    found = cKDTree(palette.astype(float)).query(colours.astype(float))[1]
+    return found.astype(np.uint8)[inverse].reshape(packed.shape)
+
 def as_palette(png):
-    "A figure as a palette PNG, with as few colours as show it faithfully, if that is smaller"
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
-    original = np.asarray(image).astype(int)
-    for colours in (64, 128, 256):
-        reduced = image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        error = np.abs(np.asarray(reduced.convert('RGB')).astype(int) - original).max(2)
+    "A figure as a palette PNG, with as few colours as show it faithfully, thin coloured lines too, if that is smaller"
+    original = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB'))
+    for colours in (32, 64, 128, 192):
+        palette = mixed_palette(original, colours)
+        reduced = nearest(original, palette)
+        error = np.abs(palette[reduced].astype(int) - original).max(2)
         if np.quantile(error, .999) <= 24: break
     else: return png
+    image = Image.fromarray(reduced, 'P')
+    image.putpalette(palette.tobytes())
     out = io.BytesIO()
-    reduced.save(out, 'PNG', optimize=True)
+    image.save(out, 'PNG', optimize=True)
     small = base64.b64encode(out.getvalue()).decode()
     return small if len(small) < len(png) else png
 

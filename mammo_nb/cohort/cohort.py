@@ -254,7 +254,7 @@ def show_exam(self:Cohort,
         if boxes:
             drawn[key], texts[key] = _boxes_to_draw(self.findings, row.image_id)
     date = rows.exam_date.iloc[0]
-    title = f'{rows.patient_id.iloc[0]}  {exam_id}'
+    title = '  '.join(dict.fromkeys([rows.patient_id.iloc[0], exam_id])) # once if they are equal
     if not pd.isna(date):
         title = f'{title}  {date:%Y-%m-%d}'
     return show_exam(images, drawn, title, axs, texts, chest_wall, width)
