@@ -2,17 +2,28 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from mammo_nb.core.errors import InputError
+from mammo_nb.core.hub import HubModel
+from mammo_nb.insilico.files import insilico_cohort
+from mammo_nb.learners.systems import System, predict, register
 from mammo_nb.metrics.bootstrap import bootstrap_ci, paired_difference
 from mammo_nb.metrics.boxes import BoxMatching, box_hits, detections_table, match_boxes
 from mammo_nb.metrics.detection import (
     FROC_COLUMNS, evaluate_boxes, froc_curve, froc_table, mean_sensitivity,
     sensitivity_at_fppi
 )
-from mammo_nb.metrics.predictions import predictions_table, read_predictions, write_predictions
-from mammo_nb.metrics.tables import aggregate, combine_outputs, pivot_outputs, with_labels
+from mammo_nb.metrics.predictions import (
+    has_box, predictions_table, read_predictions, write_predictions
+)
+from mammo_nb.metrics.tables import (
+    aggregate, combine_outputs, pivot_outputs, select_output, with_labels
+)
 from mammo_nb.metrics.weighted import auc
+from mammo_nb.preparation.prepared_cohort import prepare_cohort
+from mammo_nb.samples.dataset import SampleDataset
+from mammo_nb.samples.sample import Sample
 
 FINDING_COLUMNS = ['image_id', 'lesion_id', 'xmin', 'ymin', 'xmax', 'ymax']
 
@@ -299,3 +310,92 @@ def test_the_curve_is_a_table_of_its_grid():
     assert c['fppi'].tolist() == [0, .5, 1]
     assert (np.diff(c['sensitivity']) >= 0).all()
     assert (c['low'] <= c['high']).all()
+
+# ---- from a detector to FROC: every image that was read is in the table
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('detector')
+    cohort = insilico_cohort(12, seed=3, exams=1, rows=192, cols=144, pixel_spacing_mm=1.25)
+    files = cohort.write(folder/'files', workers=1, progress=False)
+    return prepare_cohort(files, folder/'cache', size=(64, 48), workers=1, progress=False)
+
+class ImageDataset(SampleDataset):
+    def __init__(self, prepared, rows):
+        super().__init__(prepared, rows, ['image_id'])
+
+    def __getitem__(self, i):
+        return Sample(image=self.images[self.ids[i, 0]], number=torch.tensor(i)), Sample()
+
+class ToyDetector(HubModel):
+    system = 'toy_detector'
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.layer(x['image'].mean((1, 2, 3))[:, None])[:, 0]
+
+COLUMNS = ['patient_id', 'exam_id', 'laterality', 'image_id', 'split']
+NOTHING = torch.zeros(0, 4), torch.zeros(0)
+A_BOX = torch.tensor([[5., 5, 20, 20]]), torch.tensor([.7])
+
+def in_every_second_image(i):
+    return A_BOX if i % 2 == 0 else NOTHING
+
+def detect(prepared, boxes_of, primary='score'):
+    "The predictions of a registered detector, with the boxes `(sides, scores)` of image number i"
+    def outputs(model, out, x):
+        return dict(score=out.sigmoid(), boxes=[boxes_of(int(i)) for i in x['number']])
+    register(System(
+        'toy_detector', 'boxes', ToyDetector, lambda cohort, model: cohort.images[COLUMNS],
+        lambda prepared, rows, model: ImageDataset(prepared, rows), outputs, None, None, None,
+        primary))
+    return predict(ToyDetector(), prepared, bs=5)
+
+@pytest.mark.parametrize('primary', ('score', 'boxes'))
+def test_a_detector_that_finds_nothing_in_every_second_image(prepared, primary):
+    images, findings = prepared.cohort.images, prepared.cohort.findings
+    t = select_output(detect(prepared, in_every_second_image, primary), 'boxes')
+    assert t['image_id'].tolist() == images['image_id'].tolist()
+    assert t['value'].tolist() == pytest.approx([.7, 0]*(len(images)//2))
+    assert has_box(t).tolist() == [True, False]*(len(images)//2)
+    froc = froc_table(t, findings)
+    assert froc['n_images'].sum() == len(images)
+    assert froc['n_targets'].sum() == has_box(findings).sum() > 0
+
+def test_a_detector_that_finds_nothing_at_all(prepared):
+    t = select_output(detect(prepared, lambda i: NOTHING), 'boxes')
+    assert len(t) == len(prepared.cohort.images)
+    assert not has_box(t).any()
+    assert t['value'].tolist() == [0]*len(t)
+
+@pytest.fixture(scope='module')
+def with_margins(prepared, tmp_path_factory):
+    "Frames far wider than the stored images"
+    folder = tmp_path_factory.mktemp('margins')
+    return prepare_cohort(prepared.cohort, folder, size=(64, 96), workers=1, progress=False)
+
+def test_a_box_in_the_margin_outside_the_stored_image_is_dropped(with_margins):
+    outside = torch.tensor([[85., 5, 95, 20]]), torch.tensor([.9])
+    both = torch.cat([outside[0], A_BOX[0]]), torch.tensor([.9, .7])
+    alone = select_output(detect(with_margins, lambda i: outside), 'boxes')
+    assert len(alone) == len(with_margins.cohort.images)
+    assert not has_box(alone).any()
+    one = select_output(detect(with_margins, lambda i: both), 'boxes')
+    assert one['value'].tolist() == pytest.approx([.7]*len(alone))
+    assert has_box(one).all()
+
+def test_boxes_that_are_equal_once_cut_at_the_border_are_one(with_margins):
+    wide = torch.tensor([[10., 5, 90, 20], [10., 5, 95, 20]]), torch.tensor([.3, .8])
+    t = select_output(detect(with_margins, lambda i: wide), 'boxes')
+    assert t['value'].tolist() == pytest.approx([.8]*len(with_margins.cohort.images))
+
+def test_scores_that_are_not_known_are_no_prediction(prepared):
+    unknown = A_BOX[0], torch.tensor([float('nan')])
+    with pytest.raises(InputError, match='NaN for all'):
+        detect(prepared, lambda i: unknown, 'boxes')
+    t = detect(prepared, lambda i: unknown if i == 0 else A_BOX, 'boxes')
+    assert set(t['image_id']) == set(prepared.cohort.images['image_id'])
+    assert len(select_output(t, 'boxes')) == len(prepared.cohort.images)-1

@@ -22,9 +22,12 @@ from mammo_nb.samples.two_view import TwoViewInputs, TwoViewTargets, two_view_dl
 from mammo_nb.learners.outputs import auc_metric
 from mammo_nb.learners.two_view import TwoViewLoss, two_view_learner
 from mammo_nb.learners.systems import evaluate, load_model, predict
-from mammo_nb.core.hub import model_version
+from mammo_nb.core.hub import HubModel, model_version
 from mammo_nb.metrics.weighted import auc
+from mammo_nb.models.lmvnet import LMVNet
 from mammo_nb.models.two_view import TwoViewNet
+from mammo_nb.registration.instance_optimisation import InstanceOptimised
+from mammo_nb.registration.mammoregnet import MammoRegNet
 
 SIZE = (64, 48)
 
@@ -359,3 +362,122 @@ def test_push_to_hub_uploads_the_folder(trained, monkeypatch):
     monkeypatch.setattr(hub, 'HfApi', lambda **kwargs: api)
     trained.model.push_to_hub('owner/name', metrics=[dict(metric='auc', value=.9)])
     assert uploads == [('owner/name', ['README.md', 'config.json', 'model.safetensors'])]
+
+
+# ---- arguments and metrics of a saved model
+
+def a_batch():
+    "A breast with one prior exam"
+    views = [f'{exam}_image_{view}' for exam in ('current', 'previous') for view in ('cc', 'mlo')]
+    return {name: torch.rand(2, 1, *SIZE) for name in views} | dict(time_gap=torch.ones(2, 1))
+
+
+def scattered(model):
+    "The model with weights that no initialisation leaves at zero"
+    torch.manual_seed(1)
+    for p in model.parameters(): p.data += .05*torch.randn_like(p)
+    return model.eval()
+
+
+@pytest.mark.parametrize('options', [
+    dict(token_pool=np.int64(2)), dict(heads=np.int64(2)), dict(blocks=np.int32(2)),
+    dict(width=np.int64(8)), dict(dropout=np.float32(.5), freeze_encoder=np.bool_(True))])
+def test_numbers_of_numpy_come_back(options, tmp_path):
+    model = scattered(LMVNet('small', None, 8, **(dict(width=4) | options)))
+    model.save_pretrained(tmp_path)
+    again = LMVNet.from_pretrained(tmp_path)
+    assert again.model_args == model.model_args
+    assert {name: model.model_args[name] for name in options} == options
+    x = a_batch()
+    with torch.no_grad(): assert torch.equal(model(x)['logits_fused'], again(x)['logits_fused'])
+
+
+def test_a_stride_and_views_of_numpy_come_back(tmp_path):
+    model = TwoViewNet('small', (np.str_('mlo'), 'cc'), np.int64(4), width=4)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert (again.stride, again.views) == (4, ('mlo', 'cc'))
+    assert model_version(again) == model_version(model)
+
+
+class Own(HubModel):
+    "A model of a user, with an argument of any kind"
+    def __init__(self, layer=None, option=None, config=None):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1) if layer is None else layer
+
+
+@pytest.mark.parametrize('name, value', [
+    ('option', np.ones(3)), ('option', torch.float16), ('option', torch.nn.ReLU), ('option', {1: 2}),
+    ('option', [torch.nn.ReLU()]), ('option', SimpleNamespace()), ('config', dict(option=1))])
+def test_an_argument_that_a_file_cannot_hold_is_refused_by_name(name, value, tmp_path):
+    model = Own(**{name: value})
+    with pytest.raises(InputError, match=f'{name} of Own: found {type(value).__name__}, .*cannot be rebuilt'):
+        model.save_pretrained(tmp_path/'m')
+    assert not (tmp_path/'m').exists()
+
+
+def test_arguments_that_a_file_holds():
+    options = [None, 'text', 2, .5, True, (1, 2), dict(a=[np.float64(.5)])]
+    for option in options: assert not Own(option=option).lost_args
+    assert copy.deepcopy(Own(option=2)).model_args == Own(option=2).model_args
+
+
+def test_a_registration_that_was_set_after_construction_is_refused(tmp_path):
+    model, net = LMVNet('small', None, 8, width=4), MammoRegNet(width=4, depth=1)
+    model.registration = net
+    with pytest.raises(InputError, match='registration of LMVNet: found MammoRegNet, set after'):
+        model.save_pretrained(tmp_path/'m')
+    assert not (tmp_path/'m').exists()
+
+
+@pytest.mark.parametrize('refine', (False, True))
+def test_a_registration_of_the_constructor_comes_back(refine, tmp_path):
+    net = scattered(MammoRegNet(width=4, depth=1))
+    net = InstanceOptimised(net, steps=np.int64(2)) if refine else net
+    model = scattered(LMVNet('small', net, 8, width=4))
+    model.save_pretrained(tmp_path)
+    again = LMVNet.from_pretrained(tmp_path)
+    x = a_batch()
+    with torch.no_grad(): assert torch.equal(model(x)['logits_fused'], again(x)['logits_fused'])
+
+
+def test_a_module_that_the_constructor_makes_is_saved(tmp_path):
+    "The default `None` stands for a layer: the generator of random numbers is not touched"
+    model = Own()
+    state = torch.get_rng_state()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model_version(Own.from_pretrained(tmp_path)) == model_version(model)
+    model.layer = torch.nn.Linear(1, 2)
+    with pytest.raises(InputError, match='layer of Own: found Linear, set after'): model.save_pretrained(tmp_path)
+
+
+def folder_bytes(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_metrics_of_numpy_are_saved(saved):
+    model = load_model(saved)
+    model.save_pretrained(saved, metrics=[dict(metric='auc', value=np.float32(.7), n=np.int64(9))])
+    metrics = json.loads((saved/'config.json').read_text())['mammo_nb']['metrics']
+    assert metrics == [dict(metric='auc', value=float(np.float32(.7)), n=9)]
+    assert '| auc | 0.700 | 9 |' in (saved/'README.md').read_text()
+    assert model_version(load_model(saved)) == model_version(model)
+
+
+@pytest.mark.parametrize('metrics', [
+    [dict(value=object())], [dict(value=pd.Timestamp('2020-01-01'))], dict(auc=.7), [.7], 'auc'])
+def test_metrics_that_cannot_be_written_leave_the_earlier_model(metrics, saved):
+    before, model = folder_bytes(saved), load_model(saved)
+    for p in model.parameters(): p.data.add_(1)
+    with pytest.raises(InputError, match='metrics: found'): model.save_pretrained(saved, metrics=metrics)
+    assert folder_bytes(saved) == before
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_earlier_model(saved):
+    before, model = folder_bytes(saved), load_model(saved)
+    for p in model.parameters(): p.data.add_(1)
+    model._hub_mixin_config['width'] = object()
+    with pytest.raises(TypeError): model.save_pretrained(saved)
+    assert folder_bytes(saved) == before

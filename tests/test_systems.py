@@ -3,9 +3,11 @@ import ast
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import mammo_nb as mn
+from mammo_nb.core.errors import InputError
 from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.check_system import SYSTEM_CHECKS, SystemCheck, check_system
 from mammo_nb.learners.systems import SYSTEM_MODULES, get_system
@@ -95,3 +97,75 @@ def test_eight_lines(name, tmp_path):
     again = mn.load_model(tmp_path/'model')
     same = mn.predict(again, names['prepared'], split='test')
     assert same.value.tolist() == names['predictions'].value.tolist()
+
+
+# options and rows
+
+def expect_refused(words, function, *args, **options):
+    with pytest.raises(InputError) as e:
+        function(*args, **options)
+    for word in words:
+        assert word in str(e.value)
+
+
+@pytest.mark.parametrize('name, options, words', [
+    ('lmvnet', dict(prior=2), ('found prior', 'options of lmvnet: priors, registration')),
+    ('two_view', dict(batch_size=2), ('found batch_size', 'two_view has none', 'bs')),
+    ('two_view', dict(mixed_precison=True), ('found mixed_precison', 'mixed_precision')),
+    ('two_view', dict(registration=None), ('found registration', 'two_view has none')),
+    ('registration', dict(priors=2), ('found priors', 'registration has none'))])
+def test_options_that_a_system_does_not_have(name, options, words, checks):
+    c = checks(name)
+    expect_refused(words, c.predict, c.new_learner(), **options)
+
+
+def test_options_that_a_system_has(checks):
+    c = checks('lmvnet')
+    learn = c.new_learner()
+    assert c.predict(learn, split='test', priors=1).equals(c.predict(learn, split='test'))
+    dataset = learn.dls.valid_ds
+    words = ('found priors', 'none beside a dataset')
+    expect_refused(words, c.predict, learn, dataset=dataset, priors=1)
+
+
+def test_registered_pairs_as_rows_and_as_a_dataset(checks):
+    c = checks('registration')
+    learn = c.new_learner()
+    expected = c.predict(learn, split='valid')
+    rows = mn.exam_pairs(c.prepared.cohort)
+    assert c.predict(learn, split='valid', rows=rows).equals(expected)
+    by_dataset = c.predict(learn, dataset=learn.dls.valid_ds)
+    assert by_dataset.equals(expected)
+
+
+def test_several_priors_of_an_image_are_refused(checks):
+    c = checks('registration')
+    learn = c.new_learner()
+    rows = mn.exam_pairs(c.prepared.cohort).head(2)
+    twice = pd.concat([rows, rows.head(1)], ignore_index=True)
+    words = ('1 further priors', "exam_pairs(cohort, which='previous')")
+    expect_refused(words, c.predict, learn, rows=twice)
+    learn.dls.valid_ds.rows = twice
+    expect_refused(words, c.predict, learn, dataset=learn.dls.valid_ds)
+
+
+# evaluate
+
+def test_training_patients_among_others_raise_a_warning(checks):
+    c = checks('two_view')
+    table = c.predict(c.new_learner())
+    patients = table.drop_duplicates('patient_id').split.value_counts()
+    words = ', '.join(f'{patients[name]} {name}' for name in ('train', 'valid', 'test'))
+    with pytest.warns(UserWarning, match=f'patients of training are among them .{words} patients'):
+        mn.evaluate(table, n_boot=20)
+    with pytest.warns(UserWarning, match=f'.{patients.train} train patients'):
+        mn.evaluate(table[table.split == 'train'], n_boot=20)
+
+
+@pytest.mark.parametrize('split', ('train', 'test'))
+def test_a_split_that_was_asked_for_raises_no_warning(split, checks, recwarn):
+    c = checks('two_view')
+    table = c.predict(c.new_learner())
+    mn.evaluate(table, split, n_boot=20)
+    mn.evaluate(table[table.split == 'valid'].drop(columns='split'), n_boot=20)
+    assert not [w for w in recwarn if 'patients of training' in str(w.message)]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PairBatch', 'PairMetric', 'tre_mm', 'folding_inside', 'ncc_warped', 'registration_learner', 'evaluate_registration',
-           'pair_cases', 'pair_samples', 'pair_outputs', 'mean_over_pairs', 'evaluate_pairs', 'call_registration']
+           'pair_cases', 'pair_samples', 'check_pairs', 'pair_outputs', 'mean_over_pairs', 'evaluate_pairs',
+           'call_registration']
 
 # %% ../../nbs/learners/20_registration.ipynb #73130902
 import time
@@ -228,12 +229,23 @@ def pair_cases(
 
 def pair_samples(
     prepared:PreparedCohort, # the prepared images
-    rows:pd.DataFrame, # as from `pair_cases`
+    rows:pd.DataFrame, # as from `pair_cases`; one prior per image
     model=None, # not used: every model reads the same samples
     **options # not used
 )->PairDataset: # without true flows; images are read when they are needed
     "Make the samples of a registration"
     return PairDataset(prepared, rows, in_memory=False)
+
+def check_pairs(
+    model, # not used: every model has the same cases
+    dataset:PairDataset # pairs to predict
+):
+    "Refuse several priors of one image: a predictions table has one row per image"
+    repeated = dataset.rows.duplicated('fixed')
+    if not repeated.any(): return
+    found = f'{repeated.sum()} further priors of the same fixed images'
+    expected = "one prior per fixed image: exam_pairs(cohort, which='previous')"
+    raise InputError('predict', 'rows', found, expected)
 
 def pair_outputs(
     model:nn.Module, # not used: the outputs have all there is
@@ -287,4 +299,4 @@ _REGISTRATION = register(System(
     model=MammoRegNet, forward=call_registration,
     cases=pair_cases, samples=pair_samples, outputs=pair_outputs,
     loaders=pair_dls, learner=registration_learner, evaluate=evaluate_pairs, primary='ncc',
-    small=dict(loaders=dict(bs=4), learner=_TINY)))
+    check=check_pairs, small=dict(loaders=dict(bs=4), learner=_TINY)))

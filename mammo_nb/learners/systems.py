@@ -7,7 +7,7 @@ __all__ = ['SYSTEM_MODULES', 'call_model', 'System', 'register', 'installed_syst
            'check_preparation', 'model_outputs', 'report_missing', 'predict', 'evaluate', 'load_model']
 
 # %% ../../nbs/learners/10_systems.ipynb #ffe64b6e
-import importlib, json, re
+import importlib, inspect, json, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -20,8 +20,10 @@ from ..core.errors import InputError, check_in
 from ..core.files import atomic_path
 from ..core.hub import HubModel, find_model_files, model_version, read_model_config
 from ..core.progress import progress_bar
+from ..core.vocabulary import SPLITS
 from .keep_best import unwrap_model
 from ..cohort.leaks import select_split
+from ..metrics.boxes import detections_table
 from ..metrics.predictions import check_predictions, predictions_table
 from ..preparation.prepared_cohort import PreparedCohort, check_prepared
 from ..samples.dataset import SampleDataset
@@ -147,18 +149,41 @@ def model_outputs(
     finally: model.train(was_training)
 
 # %% ../../nbs/learners/10_systems.ipynb #956f4739
+def _stored_detections(prepared, image_id, boxes, scores):
+    "Detections in pixels of the stored image: each box once, none outside the image"
+    boxes = boxes.cpu().double().numpy().reshape(-1, 4)
+    scores = scores.cpu().double().numpy()
+    if not len(boxes): return boxes, scores
+    boxes = prepared.load(image_id).inverse_boxes(boxes)
+    xmin, ymin, xmax, ymax = boxes.T
+    outside = (xmax <= xmin) | (ymax <= ymin)
+    order = np.argsort(-scores, kind='stable')
+    _, first = np.unique(boxes[order], axis=0, return_index=True) # equal once cut at the border
+    keep = np.sort(order[first])
+    keep = keep[~outside[keep]]
+    return boxes[keep], scores[keep]
+
 def _box_rows(rows, found, prepared, system, output, version):
-    "Rows of the detections of one output"
-    stored, scores = [], []
-    for image_id, (boxes, score) in zip(rows.image_id, found):
-        boxes = boxes.cpu().double().numpy()
-        stored.append(prepared.load(image_id).inverse_boxes(boxes))
-        scores.append(score.cpu().double().numpy())
-    counts = [len(score) for score in scores]
-    places = np.repeat(np.arange(len(rows)), counts)
-    repeated = rows.iloc[places].reset_index(drop=True)
-    values, boxes = np.concatenate(scores), np.concatenate(stored)
-    return predictions_table(repeated, values, system, output, version, boxes=boxes)
+    "Rows of the detections of one output; one without a box for an image without any"
+    stored, kept = [], []
+    for image_id, (boxes, scores) in zip(rows.image_id, found):
+        boxes, scores = _stored_detections(prepared, image_id, boxes, scores)
+        stored.append(boxes)
+        kept.append(scores)
+    return detections_table(rows, stored, kept, system, output, version)
+
+# %% ../../nbs/learners/10_systems.ipynb #e5a8306d
+def _largest_score(scores):
+    "The score of an image: that of its most suspicious box, 0 without one, NaN where none is known"
+    scores = scores.cpu().double()
+    known = scores[~scores.isnan()]
+    if len(known): return float(known.max())
+    return float('nan') if len(scores) else 0.
+
+def _image_rows(rows):
+    "Rows that name their image: of a pair of exams the fixed one"
+    if 'image_id' in rows or 'fixed' not in rows: return rows
+    return rows.assign(image_id=rows.fixed)
 
 # %% ../../nbs/learners/10_systems.ipynb #af55de1b
 def _write_image(image, path):
@@ -189,8 +214,9 @@ class _Collector:
         self.dataset, self.system = dataset, system
         self.version, self.folder = version, folder
         self.values, self.paths, self.n = {}, {}, 0
+        self.rows = _image_rows(dataset.rows)
         names = ('exam_id', 'laterality', 'image_id', 'fixed', 'moving')
-        self.ids = dataset.rows[[name for name in names if name in dataset.rows]]
+        self.ids = self.rows[[name for name in names if name in self.rows]]
 
     def add(self, out):
         "Take the outputs of a batch"
@@ -205,13 +231,15 @@ class _Collector:
         self.n += size
 
     def numbers(self, name):
-        "One number per case of an output"
-        batches = [values.cpu().double() for values in self.values[name]]
-        return torch.cat(batches).numpy()
+        "One number per case of an output; of detections the largest score"
+        batches = self.values[name]
+        if isinstance(batches[0], list):
+            return np.array([_largest_score(scores) for _, scores in sum(batches, [])])
+        return torch.cat([values.cpu().double() for values in batches]).numpy()
 
     def rows_of(self, name):
         "The rows of one output"
-        rows, kind = self.dataset.rows, (self.system.name, name, self.version)
+        rows, kind = self.rows, (self.system.name, name, self.version)
         found = self.values[name]
         if isinstance(found[0], list):
             boxes = sum(found, [])
@@ -255,6 +283,30 @@ def report_missing(
         count = f'{len(rows)} of {total} cases have no prediction'
         print(f'predict: {count} ({why}): {_list_cases(rows)}')
 
+# %% ../../nbs/learners/10_systems.ipynb #e30c7a15
+def _option_names(system):
+    "Names of the options that the cases and samples of a system take"
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = []
+    for function, first in ((system.cases, 2), (system.samples, 3)):
+        parameters = [*inspect.signature(function).parameters.values()]
+        names += [p.name for p in parameters[first:] if p.kind not in unnamed]
+    return list(dict.fromkeys(names))
+
+def _check_options(system, options, dataset):
+    "Refuse options that would have no effect"
+    names = _option_names(system)
+    own = f'the options of {system.name}: {", ".join(names)}'
+    if not names: own = f'no option: {system.name} has none'
+    for name in options:
+        if name in names: continue
+        _, _, *arguments, _ = inspect.signature(predict).parameters
+        expected = f'{own}, or an argument of predict: {", ".join(arguments)}'
+        raise InputError('predict', 'options', name, expected)
+    if options and dataset is not None:
+        expected = 'none beside a dataset, whose samples exist already'
+        raise InputError('predict', 'options', ', '.join(options), expected)
+
 # %% ../../nbs/learners/10_systems.ipynb #970dfef2
 def _make_samples(system, model, prepared, split, rows, options):
     "Samples of the cases of a cohort"
@@ -284,11 +336,12 @@ def predict(
     num_workers:int=0, # processes that load
     mixed_precision:bool=False, # half precision where it is safe, on a GPU
     progress:bool=False, # show a progress bar
-    **options # of the system: `priors`, `registration` for risk models
+    **options # of the system: `priors`, `registration` for risk models; others are refused
 )->pd.DataFrame: # predictions table
     "Predict the cases of a cohort with any system"
     model = unwrap_model(getattr(model, 'model', model))
     system = system_of(model)
+    _check_options(system, options, dataset)
     images = check_prepared(prepared, 'predict') if dataset is None else dataset.prepared
     check_preparation(model, images)
     if dataset is None:
@@ -300,6 +353,18 @@ def predict(
     report_missing(dataset, collector.numbers(system.primary))
     return collector.table()
 
+# %% ../../nbs/learners/10_systems.ipynb #8b95d1aa
+def _warn_training_rows(predictions):
+    "Warn of metrics that count patients of training"
+    if 'split' not in predictions: return
+    split = predictions.drop_duplicates('patient_id').split
+    counts = {name: int((split == name).sum()) for name in SPLITS}
+    if not counts['train']: return
+    shown = ', '.join(f'{count} {name}' for name, count in counts.items() if count)
+    warnings.warn(
+        f'evaluate: all rows are used, and patients of training are among them ({shown} patients): '
+        "their metrics are too good; give split='test' or split='valid'", stacklevel=3)
+
 # %% ../../nbs/learners/10_systems.ipynb #e4eb4081
 def evaluate(
     predictions:pd.DataFrame, # predictions table with the truth beside it, as from `predict`
@@ -309,6 +374,7 @@ def evaluate(
 )->pd.DataFrame: # one row per system and metric: `system, metric, value, ci_low, ci_high, n`
     "Compute the metrics of the systems in a predictions table, with intervals"
     rows = select_split(check_predictions(predictions), split, 'evaluate')
+    if split is None: _warn_training_rows(rows)
     if not len(rows):
         found = f'{len(predictions)} rows, none in split {split}'
         raise InputError('evaluate', 'predictions', found, 'at least one row')
