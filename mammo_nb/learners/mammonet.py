@@ -25,7 +25,7 @@ from .keep_best import KeepBest, unwrap_model
 from .outputs import SelectOutput, auc_metric
 from .resume import ResumeTraining
 from .run_config import data_config
-from .systems import System, check_preparation, predict, register
+from .systems import System, predict, register
 from ..cohort.leaks import select_split
 from mammo_nb.learners.two_view import (
     breast_cases, evaluate_probabilities, positive_weight, start_at_prevalence,
@@ -35,7 +35,9 @@ from ..losses.mammonet import MammoNetLoss
 from ..metrics.weighted import auc
 from ..models.receptive_field import centre_cells, resize_to_image
 from ..models.mammonet import MammoNet
-from ..preparation.prepared_cohort import PreparedCohort, check_prepared
+from mammo_nb.preparation.prepared_cohort import (
+    PreparedCohort, check_preparation, check_prepared
+)
 from ..samples.loaders import prediction_dl
 from ..samples.two_view import VIEW_NAMES, labelled_rows, two_view_dls
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SYSTEM_MODULES', 'call_model', 'System', 'register', 'installed_systems', 'system_names', 'get_system', 'system_of',
-           'check_preparation', 'model_outputs', 'report_missing', 'predict', 'evaluate', 'load_model']
+           'model_outputs', 'report_missing', 'predict', 'evaluate', 'load_model']
 
 # %% ../../nbs/learners/10_systems.ipynb #ffe64b6e
-import importlib, inspect, json, re, warnings
+import importlib, inspect, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -25,7 +25,9 @@ from .keep_best import unwrap_model
 from ..cohort.leaks import select_split
 from ..metrics.boxes import detections_table
 from ..metrics.predictions import check_predictions, predictions_table
-from ..preparation.prepared_cohort import PreparedCohort, check_prepared
+from mammo_nb.preparation.prepared_cohort import (
+    PreparedCohort, check_preparation, check_prepared
+)
 from ..samples.dataset import SampleDataset
 from ..samples.loaders import prediction_dl
 
@@ -109,20 +111,6 @@ def system_of(
         expected = f'a model of one of the systems {", ".join(system_names())}'
         raise InputError('system_of', 'model', type(model).__name__, expected)
     return get_system(name)
-
-# %% ../../nbs/learners/10_systems.ipynb #6a1e8de5
-def check_preparation(
-    model:nn.Module, # with `training_info`, as learners leave it; a model without it is not checked
-    prepared:PreparedCohort, # images for it
-    where:str='predict' # named in the error
-):
-    "Refuse images that were not prepared as those of training"
-    expected = getattr(model, 'training_info', {}).get('prepare') or {}
-    found = json.loads(prepared.config.text)
-    for key, value in expected.items():
-        if value == found.get(key): continue
-        what = f'prepared images, {key}'
-        raise InputError(where, what, found.get(key), f'{value}, as in training')
 
 # %% ../../nbs/learners/10_systems.ipynb #86b7448d
 def model_outputs(

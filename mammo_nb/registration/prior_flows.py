@@ -39,7 +39,7 @@ def check_registration(
     prepared:PreparedCohort, # the images that it is to align
     where:str # named in an error
 ): # the network or the function
-    "Refuse what cannot register images, and a network that was trained on images prepared otherwise"
+    "Refuse what cannot register images, and networks of images prepared otherwise"
     network = registration.model if hasattr(registration, 'dls') else registration
     if not callable(network):
         expected = 'a network (mn.load_model(folder) loads one), or a function of two images'
