@@ -1,6 +1,9 @@
 "`make test` and `make notebooks` themselves, on a small project made here: what fails is counted, and the last line says so."
-import json, re, shutil, subprocess, sys
+import base64, io, json, re, shutil, subprocess, sys
+from importlib.util import module_from_spec, spec_from_file_location
+import numpy as np
 import pytest
+from PIL import Image
 from repo import ROOT, git
 
 def notebook(*sources):
@@ -108,3 +111,35 @@ def test_what_changes_from_run_to_run_is_named(project):
     rc, text = store(project, '--check', str(nb))
     assert rc == 1 and 'would change: cell 2' in text
     assert not list(nb.parent.glob('.*'))
+
+# ---- figures
+
+@pytest.fixture(scope='module')
+def store_script():
+    spec = spec_from_file_location('notebooks', ROOT/'.ci/notebooks.py')
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_a_stored_figure_keeps_its_greys_and_a_thin_coloured_line(store_script):
+    "A smooth image with noise, a white margin, and a cyan line of one pixel"
+    grey = np.linspace(0, 255, 300)[:, None] + np.random.default_rng(0).normal(0, 3, (300, 300))
+    figure = np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, 2)
+    figure[:20] = 255
+    figure[150, 50:250] = 0, 255, 255
+    buffer = io.BytesIO()
+    Image.fromarray(figure).save(buffer, 'PNG')
+    stored = store_script.as_palette(base64.b64encode(buffer.getvalue()).decode())
+    image = Image.open(io.BytesIO(base64.b64decode(stored)))
+    found = np.asarray(image.convert('RGB')).astype(int)
+    assert image.mode == 'P'
+    assert (found[:20] == 255).all()
+    assert np.abs(found[150, 50:250] - (0, 255, 255)).max() <= 2
+    assert np.abs(found - figure).max() <= 2  # half a step between 64 levels of grey
+
+def test_a_figure_with_too_many_colours_is_stored_as_it_is(store_script):
+    rows, cols = np.mgrid[:256, :256].astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.stack([rows, cols, rows ^ cols], 2)).save(buffer, 'PNG')
+    png = base64.b64encode(buffer.getvalue()).decode()
+    assert store_script.as_palette(png) == png
