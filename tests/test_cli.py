@@ -14,18 +14,25 @@ import pandas as pd
 import pytest
 import torch
 import mammo_nb.cli.predict as predict_module
+import mammo_nb.cli.train as train_module
 from mammo_nb.cli.evaluate import mammo_evaluate
 from mammo_nb.cli.predict import mammo_predict
 from mammo_nb.cli.prepare import mammo_prepare
 from mammo_nb.cli.tour import mammo_tour
-from mammo_nb.cli.train import mammo_train
+from mammo_nb.cli.train import mammo_train, name_options
+from mammo_nb.cohort.cohort import Cohort
 from mammo_nb.cohort.datasets.folder import dicom_folder
+from mammo_nb.cohort.exams import breast_table
+from mammo_nb.core.errors import InputError
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.dicom.write import write_mammogram
+from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.metrics.predictions import read_predictions
+from mammo_nb.models.lmvnet import LMVNet
 from mammo_nb.models.mammonet import MammoNet
 from mammo_nb.models.two_view import TwoViewNet
 from mammo_nb.preparation.prepare import PrepareConfig
+from mammo_nb.registration.mammoregnet import MammoRegNet
 
 COMMANDS = dict(mammo_predict='predict', mammo_tour='tour', mammo_train='train', mammo_evaluate='evaluate', mammo_prepare='prepare')
 
@@ -320,7 +327,6 @@ def test_a_tour_with_a_wrong_choice(tmp_path, capsys, kwargs, said):
 # -- training and evaluating from a shell
 
 def test_train_predict_and_evaluate(tmp_path, capsys):
-    from mammo_nb.insilico.files import insilico_cohort
     insilico_cohort(24, seed=3, exams=1, rows=192, cols=144, pixel_spacing_mm=1.25).write(tmp_path/'files', workers=1, progress=False)
     args = (str(tmp_path/'files'), str(tmp_path/'model'))
     options = dict(size='64x48', epochs=1, set='stride=8', workers=1, quiet=True)
@@ -331,6 +337,190 @@ def test_train_predict_and_evaluate(tmp_path, capsys):
     weights = (tmp_path/'model/model.safetensors').read_bytes()
     assert mammo_train('two_view', *args, **options) == 0  # nothing is left to train
     assert (tmp_path/'model/model.safetensors').read_bytes() == weights
+
+
+# -- what a training tells, and what it keeps
+
+@pytest.fixture(scope='module')
+def two_exams(tmp_path_factory):
+    "In-silico patients with two exams, split into train, valid and test"
+    folder = tmp_path_factory.mktemp('two_exams')
+    cohort = insilico_cohort(24, seed=3, exams=2, rows=96, cols=72, pixel_spacing_mm=2.5)
+    return cohort.write(folder, workers=1, progress=False)
+
+
+@pytest.fixture
+def train(two_exams, tmp_path_factory, tmp_path, capsys):
+    "The command on these patients: status, output, error, and the folder of the model"
+    cache = tmp_path_factory.getbasetemp()/'cache_of_two_exams'
+
+    def run(system='two_view', folder=two_exams.root, **kwargs):
+        options = dict(size='64x48', cache=str(cache), epochs=1, set='encoder=small stride=8', workers=1, quiet=True) | kwargs
+        status = mammo_train(system, str(folder), str(tmp_path/'model'), **options)
+        return status, *capsys.readouterr(), tmp_path/'model'
+    return run
+
+
+def stored_metrics(model):
+    return json.loads((model/'config.json').read_text())['mammo_nb']['metrics']
+
+
+def n_breasts(cohort, split):
+    images = cohort.images[cohort.images.split == split]
+    return len(images[['exam_id', 'laterality']].drop_duplicates())
+
+
+@pytest.mark.parametrize('data, split', [(None, 'valid'), ('valid=test', 'test'), ('train=valid valid=test', 'test')])
+def test_metrics_are_of_the_patients_that_were_validated_on(two_exams, train, data, split):
+    "With other splits they were of training patients"
+    status, out, err, model = train(data=data)
+    assert status == 0, err
+    assert {row['n'] for row in stored_metrics(model)} == {n_breasts(two_exams, split)}
+    assert f'Metrics are of the validation patients (split {split}).' in out
+
+
+def test_official_splits_without_validation_patients(two_exams, train, tmp_path):
+    "All was lost after the last epoch"
+    images = two_exams.images
+    official = Cohort(images.assign(split=images.split.replace('valid', 'test')), two_exams.findings, two_exams.root)
+    official.write(tmp_path/'official')
+    status, out, err, model = train(folder=tmp_path/'official', data='valid=test')
+    assert status == 0, err
+    assert (model/'model.safetensors').exists() and (model/'history.csv').exists()
+    assert {row['n'] for row in stored_metrics(model)} == {n_breasts(official, 'test')}
+
+
+def test_a_model_without_metrics_is_kept(train, monkeypatch):
+    def refuse(*args, **kwargs): raise InputError('predict', 'predictions', 'NaN for all cases', 'numbers')
+    monkeypatch.setattr(train_module, 'predict', refuse)
+    status, out, err, model = train()
+    assert status == 0, err
+    assert 'The metrics of the split valid cannot be computed: predict: predictions: found NaN for all cases' in out
+    assert (model/'model.safetensors').exists() and (model/'history.csv').exists()
+    assert stored_metrics(model) is None and 'Metrics are' not in out
+
+
+def test_a_training_lists_the_images_that_failed(two_exams, train, tmp_path):
+    "It was silent about them"
+    shutil.copytree(two_exams.root, tmp_path/'files')
+    paths = sorted(two_exams.images.path)[::3]
+    for path in paths: (tmp_path/'files'/path).write_bytes(b'garbage')
+    status, out, err, model = train(folder=tmp_path/'files', cache=str(tmp_path/'cache'))
+    assert status == 0, err
+    assert f'{len(two_exams.images)-len(paths)} images are prepared. {len(paths)} failed, 0 files' in out
+    assert sorted(pd.read_csv(model/'failures.csv').path.map(lambda path: Path(path).name)) == sorted(Path(p).name for p in paths)
+    assert f'and {len(paths)-20} more' in out
+
+
+def test_a_training_counts_the_cases_without_a_label(two_exams, train, tmp_path):
+    images = two_exams.images
+    train_images = images.split == 'train'
+    followed = images.years_followed.mask(train_images & (images.laterality == 'L'))
+    unknown = Cohort(images.assign(years_followed=followed), two_exams.findings, two_exams.root)
+    unknown.write(tmp_path/'unknown')
+    status, out, err, _ = train(folder=tmp_path/'unknown')
+    labels = breast_table(unknown).query('split == "train"').label
+    assert status == 0 and labels.isna().sum() > 5, err
+    n = labels.notna().sum(), n_breasts(unknown, 'valid'), labels.isna().sum()
+    assert '{} training and {} validation cases; {} without a known label or follow-up are excluded'.format(*n) in out
+
+
+@pytest.mark.parametrize('system, kwargs, said', [
+    ('two_view', dict(data='device=gpu'), '--data: options: found device=gpu (RuntimeError: '),
+    ('two_view', dict(data='seed=3'), '--data: options: found seed=3 (TypeError: '),
+    ('lmvnet', dict(set='encoder=small stride=8 registration=folder'), '--set: options: found encoder=small stride=8 registration=folder (AttributeError: ')])
+def test_options_that_cannot_be_used_are_named_in_one_line(train, system, kwargs, said):
+    "They ended in a traceback"
+    status, _, err, _ = train(system, **kwargs)
+    assert status == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize('error', [AttributeError('a'), RuntimeError('b'), TypeError('c')])
+def test_an_error_without_options_is_not_hidden(error):
+    with pytest.raises(type(error)), name_options({'--data': {}}): raise error
+
+
+def test_an_error_of_the_training_is_not_hidden(train, monkeypatch):
+    def broken(*args, **kwargs): raise TypeError('a mistake of the library')
+    monkeypatch.setattr(train_module, 'training_history', broken)
+    with pytest.raises(TypeError, match='a mistake of the library'): train(data='bs=4')
+
+
+# -- systems that read several exams
+
+@pytest.fixture(scope='module')
+def exam_models(tmp_path_factory):
+    "A risk model and a registration, never trained"
+    seed_everything(0)
+    folder = tmp_path_factory.mktemp('exam_models')
+    save_untrained(LMVNet('small', stride=8, width=4), folder/'lmvnet')
+    save_untrained(MammoRegNet(width=4, depth=1), folder/'registration')
+    return folder
+
+
+def write_patients(cohort, folder, numbers, one_exam=()):
+    "Some patients, of some of them only the first exam"
+    patients = cohort.patients
+    images = cohort.images
+    first = images.exam_id.isin(images.groupby('patient_id').exam_id.first()[[patients[n] for n in one_exam]])
+    cohort.select(images.patient_id.isin([patients[n] for n in numbers]) | first).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize('system', ['lmvnet', 'registration'])
+def test_prior_images_are_not_left_out(two_exams, exam_models, tmp_path, capsys, system):
+    "They were listed, and the exit status was 1"
+    folder = write_patients(two_exams, tmp_path/'few', [0, 1])
+    status, out, err = predict_here(capsys, folder, exam_models/system, out=tmp_path/'o')
+    assert status == 0, err
+    assert len(pd.read_csv(tmp_path/'o/left_out.csv')) == 0 and '16 images' in out and '; 0 files left out' in out
+
+
+def test_images_of_no_case_are_left_out(two_exams, exam_models, tmp_path, capsys):
+    "A patient with one exam has nothing to register"
+    folder = write_patients(two_exams, tmp_path/'few', [0], one_exam=[1])
+    status, out, err = predict_here(capsys, folder, exam_models/'registration', out=tmp_path/'o')
+    left = pd.read_csv(tmp_path/'o/left_out.csv')
+    assert status == 1 and len(left) == 4, err
+    assert left.image_id.str.contains(two_exams.patients[1]).all()
+    assert set(left.found) == {'none: no case has this image'}
+
+
+def test_paths_of_predicted_images_are_relative_to_the_table(two_exams, exam_models, tmp_path, capsys):
+    folder = write_patients(two_exams, tmp_path/'few', [0])
+    predict_here(capsys, folder, exam_models/'registration', out=tmp_path/'o')
+    table = read_predictions(tmp_path/'o/predictions.csv')
+    paths = table.path.dropna()
+    assert len(paths) == 4 and set(table.output[table.path.notna()]) == {'warped'}
+    assert all((tmp_path/'o'/path).is_file() for path in paths)
+
+
+@pytest.mark.parametrize('format', ['csv', 'parquet'])
+def test_predicted_images_of_an_earlier_run_are_replaced(two_exams, exam_models, tmp_path, capsys, format):
+    "Those of another patient stayed"
+    for name, n in (('first', 0), ('second', 1)):
+        write_patients(two_exams, tmp_path/name, [n])
+        predict_here(capsys, tmp_path/name, exam_models/'registration', out=tmp_path/'fresh'/name, format=format)
+        predict_here(capsys, tmp_path/name, exam_models/'registration', out=tmp_path/'o', format=format)
+        if name == 'first': (tmp_path/'o/images/mine.png').write_bytes(b'1')
+        if name == 'first': (tmp_path/'o/images/warped/mine.png').write_bytes(b'2')
+    mine = {'images/mine.png': b'1', 'images/warped/mine.png': b'2'}
+    assert content(tmp_path/'o') == content(tmp_path/'fresh/second') | mine
+    predict_module.remove_results(tmp_path/'fresh/second')
+    assert list((tmp_path/'fresh/second').iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='links need rights')
+@pytest.mark.parametrize('link', ['images', 'images/warped'])
+def test_removing_results_follows_no_link(two_exams, exam_models, tmp_path, capsys, link):
+    folder = write_patients(two_exams, tmp_path/'few', [0])
+    predict_here(capsys, folder, exam_models/'registration', out=tmp_path/'o')
+    shutil.move(tmp_path/'o'/link, tmp_path/'elsewhere')
+    (tmp_path/'o'/link).symlink_to(tmp_path/'elsewhere', target_is_directory=True)
+    before = content(tmp_path/'elsewhere')
+    predict_module.remove_results(tmp_path/'o')
+    assert content(tmp_path/'elsewhere') == before and len(before) == 4
+    assert not (tmp_path/'o/predictions.csv').exists()
 
 
 @pytest.mark.parametrize('name', COMMANDS)

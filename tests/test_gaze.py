@@ -399,3 +399,34 @@ def test_a_cohort_without_gaze(prepared):
     without = Cohort(cohort.images.drop(columns='gaze_path'), cohort.findings, cohort.root)
     with pytest.raises(InputError, match='gaze_path'):
         check_gaze(prepare_cohort(without, prepared.cache, prepared.config, workers=1, progress=False))
+
+def other_images(prepared, ids):
+    "The same prepared cohort, with logs of other images for some of the images"
+    cohort = prepared.cohort
+    images = cohort.images.copy()
+    for i, row in images[images.image_id.isin(ids)].iterrows():
+        name = f'others_{row.image_id}.txt'
+        log = cohort.file(row.gaze_path).read_text(encoding='utf-8')
+        write(cohort.root/name, log.replace(row.image_id, 'another image'))
+        images.loc[i, 'gaze_path'] = name
+    return prepare_cohort(Cohort(images, cohort.findings, cohort.root), prepared.cache, prepared.config, workers=1, progress=False)
+
+@pytest.mark.parametrize('show', [True, False])
+def test_logs_of_other_images_are_refused(prepared, show):
+    "They passed with nothing on the breast, or ended in an error of the figure"
+    with pytest.raises(InputError, match='no reading of any of the 4 images'):
+        check_gaze(other_images(prepared, prepared.keys), show=show)
+
+def test_images_that_are_not_in_their_logs_are_counted(prepared, capsys):
+    some = other_images(prepared, list(prepared.keys)[:3])
+    assert check_gaze(some, show=False).on_breast['as given'] > .9
+    assert capsys.readouterr().out == 'check_gaze: 3 of 4 images are not in their logs.\n'
+    check_gaze(prepared, show=False)
+    assert capsys.readouterr().out == ''
+
+def test_readings_without_any_gaze_are_refused(prepared):
+    "All samples lost"
+    def lose_all(gaze):
+        return gaze.assign(row=np.nan, col=np.nan)
+    with pytest.raises(InputError, match='a dwell time of 0 ms on 4 images'):
+        check_gaze(with_gaze(prepared, lose_all))

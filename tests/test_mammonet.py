@@ -1,13 +1,15 @@
 "Mammo-Net: what the notebooks show badly (two processes, files that vanish), and each check of its specification."
-import math, multiprocessing as mp
+import math, multiprocessing as mp, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from torch.nn import functional as F
 import mammo_nb.core.fastai_import
 from fastai import distributed  # gives learners `to_parallel`
+from mammo_nb.core.errors import InputError
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
+from mammo_nb.cohort.cohort import Cohort
 from mammo_nb.cohort.exams import breast_table
 from mammo_nb.gaze.heatmap import perturb_gaze, gaze_to_heatmap
 from mammo_nb.gaze.fixations import find_fixations
@@ -16,7 +18,7 @@ from mammo_nb.insilico.files import insilico_cohort, write_insilico
 from mammo_nb.preparation.prepare import PrepareConfig
 from mammo_nb.samples.augment import Augment
 from mammo_nb.samples.two_view import TwoViewDataset, TwoViewInputs, TwoViewTargets, two_view_dls
-from mammo_nb.learners.mammonet import attention_maps, mammonet_learner
+from mammo_nb.learners.mammonet import attention_maps, choose_weights, mammonet_learner
 from mammo_nb.learners.systems import predict
 from mammo_nb.losses.attention import gaussian_pyramid, pyramid_loss, scanpath_loss
 from mammo_nb.losses.contrastive import bidirectional_fusion_loss
@@ -328,3 +330,107 @@ def test_the_command_takes_a_mammonet(prepared, tmp_path):
     both = want.merge(got, on=['patient_id', 'exam_id', 'laterality', 'output'])
     assert len(both) == len(want) and np.allclose(both.value_x, both.value_y, atol=1e-6) and set(got.system) == {'mammonet'}
     assert len(list((tmp_path/'out').rglob('*.png'))) == len(want)
+
+# -- results of a search that belong to other images, labels, gaze or settings
+
+TRY = dict(gaze_weights=(.5,), fusion_weights=(.2,), folds=3, progress=False, bs=4, seed=0, device='cpu')
+
+@pytest.fixture(scope='module')
+def searched(tmp_path_factory):
+    "Prepared images, and a function that counts the trainings of a search; the results are in one file"
+    d = tmp_path_factory.mktemp('search')
+    cohort = write_insilico(insilico_cohort(30, seed=5, exams=1, rows=96, cols=72, pixel_spacing_mm=2.5), d/'files', workers=1, progress=False)
+
+    def prepare(cohort=cohort, size=(64, 48)):
+        return prepare_cohort(cohort, d/'cache', PrepareConfig(size=size), workers=1, progress=False)
+
+    def search(prepared, **kwargs):
+        fits = []
+        def fit(dls, gaze_weight, fusion_weight):
+            fits.append(dls)
+            seed_everything(0)
+            return MammoNet('small', stride=8, width=4, embed=8, hidden=8, heads=2, head_dim=4)
+        choose_weights(prepared, fit, **TRY | dict(path=d/'weights.csv') | kwargs)
+        return len(fits)
+    assert search(prepare()) == 3 and search(prepare()) == 0
+    return prepare, search
+
+def test_a_search_knows_its_images(searched):
+    "Results of images of 64 x 48 were returned for images of 32 x 24"
+    prepare, search = searched
+    with pytest.raises(InputError, match='same patients and images'): search(prepare(size=(32, 24)))
+
+def test_a_search_knows_its_labels(searched):
+    prepare, search = searched
+    cohort = prepare().cohort
+    followed = cohort.images.years_followed + 1
+    with pytest.raises(InputError, match='same patients and images'):
+        search(prepare(Cohort(cohort.images.assign(years_followed=followed), cohort.findings, cohort.root)))
+
+def test_a_search_knows_its_pixels(searched, tmp_path):
+    prepare, search = searched
+    files = prepare().cohort
+    shutil.copytree(files.root, tmp_path/'files')
+    one, other = files.images[files.images.split == 'train'].path[:2]
+    copied = Cohort(files.images, files.findings, tmp_path/'files')
+    assert search(prepare(copied)) == 0  # the folder does not matter
+    shutil.copy(files.root/one, tmp_path/'files'/other)
+    with pytest.raises(InputError, match='same patients and images'): search(prepare(copied))
+
+def keep_all(image_id, gaze):
+    return gaze
+
+def test_a_search_knows_its_gaze(searched, tmp_path):
+    "Two functions without a name were the same, and so were two logs"
+    prepare, search = searched
+    path = tmp_path/'gaze.csv'
+    share = lambda part: lambda image_id, gaze: gaze[:int(part*len(gaze))]
+    assert search(prepare(), path=path, gaze=share(.5)) == 3
+    assert search(prepare(), path=path, gaze=share(.5)) == 0
+    for gaze in (share(.6), lambda image_id, gaze: gaze[::2], keep_all, True):
+        with pytest.raises(InputError, match='same patients and images'): search(prepare(), path=path, gaze=gaze)
+    cohort = prepare().cohort
+    shutil.copytree(cohort.root, tmp_path/'files')
+    log = tmp_path/'files'/cohort.images.gaze_path[cohort.images.split == 'train'].iloc[0]
+    log.write_text(log.read_text()[:-1]+'\n\n')
+    with pytest.raises(InputError, match='same patients and images'):
+        search(prepare(Cohort(cohort.images, cohort.findings, tmp_path/'files')), path=path, gaze=share(.5))
+
+@pytest.mark.parametrize('text, message', [('a,b\n1,2\n', 'no gaze_weight, fusion_weight, fold, auc, patients'), ('', 'EmptyDataError'), ('a\n"', 'ParserError')])
+def test_a_file_of_something_else_is_named(searched, tmp_path, text, message):
+    "It was an error of pandas"
+    prepare, search = searched
+    (tmp_path/'other.csv').write_text(text)
+    with pytest.raises(InputError, match=message) as e: search(prepare(), path=tmp_path/'other.csv')
+    assert e.value.where == str(tmp_path/'other.csv')
+
+SETTINGS = """
+from functools import partial
+from mammo_nb.learners.mammonet import settings_text
+from mammo_nb.samples.augment import Augment
+NOISE = 3.
+class Reader:
+    def __init__(self, share): self.share = share
+    def read(self, image_id, gaze): return gaze[:self.share]
+def recursive():
+    def f(n): return n and f(n-1)
+    return f
+text = settings_text(dict(
+    gaze=lambda i, g: g if i in {'a', 'b', 'c', 'd'} else [x for x in g if x > NOISE], other=partial(max, key=len),
+    method=Reader(.5).read, recursive=recursive(), augment=Augment(rotate=3), rows=[print, (1, 2.5)], kind=dict))
+"""
+
+def test_settings_are_the_same_in_every_process(tmp_path):
+    texts = []
+    for seed in '12':
+        line = [sys.executable, '-c', SETTINGS+'print(text)']
+        env = os.environ | dict(PYTHONHASHSEED=seed, OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parents[1]))
+        texts.append(subprocess.run(line, capture_output=True, text=True, check=True, env=env).stdout)
+    assert len(set(texts)) == 1 and ' at 0x' not in texts[0]
+
+@pytest.mark.parametrize('a, b', [('NOISE = 3.', 'NOISE = 4.'), ('x > NOISE', 'x < NOISE'), ("'c', 'd'", "'c', 'e'"), ('key=len', 'key=abs'), ('Reader(.5)', 'Reader(.4)'), ('n-1', 'n-2'), ('rotate=3', 'rotate=4')])
+def test_each_setting_counts(a, b):
+    before, after = {}, {}
+    exec(SETTINGS, before)
+    exec(SETTINGS.replace(a, b), after)
+    assert before['text'] != after['text']

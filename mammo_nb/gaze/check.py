@@ -26,6 +26,15 @@ class ImageGaze:
     places: np.ndarray # [N,2] `(row, column)`, stored pixels, as the file has them
     dwell: np.ndarray # [N] ms
 
+def _images_with_gaze(prepared, max_images):
+    "Rows of the images whose gaze is read, spread over the cohort"
+    images = check_prepared(prepared, 'read_cohort_gaze').cohort.images
+    if 'gaze_path' not in images or images.gaze_path.isna().all():
+        raise InputError('read_cohort_gaze', 'gaze_path', 'none', 'a cohort with images that have gaze')
+    images = images.dropna(subset='gaze_path')
+    chosen = np.unique(np.linspace(0, len(images)-1, max_images).round().astype(int))
+    return images.iloc[chosen]
+
 def read_cohort_gaze(
     prepared, # a `PreparedCohort` whose images have a `gaze_path`
     display_rows:int|None=None, # of MicEye logs, see `gaze.miceye`
@@ -33,13 +42,8 @@ def read_cohort_gaze(
     max_images:int=200 # read at most so many images, spread over the cohort
 )->list: # of `ImageGaze`
     "Read the gaze of the images of a cohort"
-    images = check_prepared(prepared, 'read_cohort_gaze').cohort.images
-    if 'gaze_path' not in images or images.gaze_path.isna().all():
-        raise InputError('read_cohort_gaze', 'gaze_path', 'none', 'a cohort with images that have gaze')
-    images = images.dropna(subset='gaze_path')
-    chosen = np.unique(np.linspace(0, len(images)-1, max_images).round().astype(int))
     found = []
-    for row in images.iloc[chosen].itertuples():
+    for row in _images_with_gaze(prepared, max_images).itertuples():
         p, path = prepared.load(row.image_id), prepared.cohort.file(row.gaze_path)
         names = row.image_id, row.path
         try:
@@ -128,6 +132,18 @@ def show_gaze_sheet(
     return fig
 
 # %% ../../nbs/gaze/25_check.ipynb #f686c1ec
+def _refuse_nothing(looks, n):
+    "Refuse a cohort whose logs have no gaze; print how many of `n` images are not in their logs"
+    expected = 'logs with gaze that name the images as the cohort does, by image_id or by path'
+    if not looks:
+        found = f'no reading of any of the {n} images'
+        raise InputError('check_gaze', 'gaze', found, expected)
+    if len(looks) < n:
+        print(f'check_gaze: {n-len(looks)} of {n} images are not in their logs.')
+    if not sum(look.dwell.sum() for look in looks) > 0:
+        found = f'a dwell time of 0 ms on {len(looks)} images'
+        raise InputError('check_gaze', 'gaze', found, expected)
+
 def _refuse_misread(table, max_off_image, min_gain):
     "Refuse gaze that another interpretation fits clearly better, or that lies off the images"
     given = table.loc['as given']
@@ -156,9 +172,10 @@ def check_gaze(
     max_off_image:float=.1, # largest share of the dwell time off the images
     min_gain:float=.15, # another interpretation fits clearly better where it has so much more on the breasts
     show:bool=True # draw a contact sheet of the images with the smallest share
-)->pd.DataFrame: # as from `gaze_interpretations`; raises `InputError` for gaze that seems to be misread
+)->pd.DataFrame: # as from `gaze_interpretations`; raises `InputError` for gaze that is misread or missing
     "Check that the gaze of a cohort lies on the breasts"
     looks = read_cohort_gaze(prepared, display_rows, sampling_rate_hz, max_images)
+    _refuse_nothing(looks, len(_images_with_gaze(prepared, max_images)))
     if show:
         show_gaze_sheet(prepared, looks)
     table = gaze_interpretations(looks)

@@ -6,8 +6,12 @@
 __all__ = ['VARIANTS', 'mammonet_learner', 'attention_maps', 'settings_text', 'choose_weights']
 
 # %% ../../nbs/learners/30_mammonet.ipynb #fdc6cce4
+import inspect
+from functools import partial
 from itertools import product
+from numbers import Number
 from pathlib import Path
+from types import CodeType
 import numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 from fastai.data.core import DataLoaders
@@ -17,7 +21,7 @@ from fastcore.meta import delegates
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 from ..core.errors import InputError, check_in, check_range
-from ..core.files import atomic_path, text_sha256
+from ..core.files import atomic_path, file_sha256, text_sha256
 from ..core.progress import progress_bar
 from ..core.seeding import seed_everything
 from .fit_health import FitHealth
@@ -243,13 +247,48 @@ def _folds(prepared, folds, seed):
     return tables
 
 # %% ../../nbs/learners/30_mammonet.ipynb #db8e6abd
+_PLAIN = (Number, str, bytes, tuple, np.generic, type(None))
+
+def _code_text(code):
+    "What a function does, without its name and place"
+    consts = []
+    for const in code.co_consts:
+        nested = isinstance(const, CodeType)
+        consts.append(_code_text(const) if nested else settings_text(const))
+    return str([code.co_code.hex(), code.co_names, consts])
+
+def _names_in(code):
+    "Names that a function looks up, also in functions inside it"
+    nested = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*map(_names_in, nested))
+
+def _values_around(f):
+    "Plain values that a function takes from its module and from the function around it"
+    around = {name: f.__globals__.get(name) for name in _names_in(f.__code__)}
+    for name, cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
+        try: around[name] = cell.cell_contents
+        except ValueError: continue # not set yet
+    return {name: value for name, value in around.items() if isinstance(value, _PLAIN)}
+
+def _function_text(f):
+    "Name of a function, with a hash of its code and of the plain values that it uses"
+    owner = getattr(f, '__self__', None)
+    parts = [_values_around(f), f.__defaults__, f.__kwdefaults__, owner]
+    content = _code_text(f.__code__) + settings_text(parts)
+    return f'{f.__qualname__} {text_sha256(content, 12)}'
+
+# %% ../../nbs/learners/30_mammonet.ipynb #30c0de02
 def settings_text(
-    o # plain values, dictionaries, functions, objects with attributes
+    o # plain values, containers, functions, objects with attributes
 )->str: # without addresses in memory
     "Write settings as a text that is the same in every process"
     if isinstance(o, dict):
         texts = {key: settings_text(value) for key, value in sorted(o.items())}
         return str(texts)
+    if isinstance(o, (list, tuple)): return str([settings_text(value) for value in o])
+    if isinstance(o, (set, frozenset)): return str(sorted(map(settings_text, o)))
+    if isinstance(o, partial): return settings_text([o.func, o.args, o.keywords])
+    if inspect.isfunction(o) or inspect.ismethod(o): return _function_text(o)
     name = getattr(o, '__qualname__', None)
     if name: return name
     if not hasattr(o, '__dict__'): return repr(o)
@@ -267,14 +306,26 @@ def _held_out_auc(learn, prepared, rows, name):
     fused = table[table.output == 'probability']
     return float(auc(fused.label.to_numpy(), fused['value'].to_numpy()))
 
+_COLUMNS = ['gaze_weight', 'fusion_weight', 'fold', 'auc', 'patients']
+
+def _read_results(path):
+    "A table with the columns of results"
+    expected = f'results of choose_weights, with {", ".join(_COLUMNS)}; name another file'
+    try: table = pd.read_csv(path, dtype=dict(patients=str))
+    except ValueError as e:
+        found = f'{type(e).__name__}: {e}'
+        raise InputError(path, 'content', found, expected) from e
+    missing = [name for name in _COLUMNS if name not in table]
+    if missing: raise InputError(path, 'columns', f'no {", ".join(missing)}', expected)
+    return table
+
 def _known_results(path, patients):
-    "Results of an earlier call, of the same patients and settings"
-    columns = ['gaze_weight', 'fusion_weight', 'fold', 'auc', 'patients']
-    if path is None or not Path(path).exists(): return pd.DataFrame(columns=columns)
-    table = pd.read_csv(path, dtype=dict(patients=str))
+    "Results of an earlier call, of the same patients, images and settings"
+    if path is None or not Path(path).exists(): return pd.DataFrame(columns=_COLUMNS)
+    table = _read_results(path)
     other = table.patients[table.patients != patients]
     if len(other):
-        expected = (f'{patients}: results of the same folds of the same patients '
+        expected = (f'{patients}: results of the same folds of the same patients and images '
                     'with the same loaders; name another file')
         raise InputError(path, 'patients', other.iloc[0], expected)
     return table
@@ -285,12 +336,22 @@ def _write_rows(rows, path):
     with atomic_path(path) as part: table.to_csv(part, index=False)
 
 # %% ../../nbs/learners/30_mammonet.ipynb #b9ffe5b2
-def _settings_hash(tables, loader_args):
-    "A name for folds of patients and settings of loaders"
-    parts = [settings_text(loader_args)]
-    for table in tables:
-        patients = table[['patient_id', 'split']].to_numpy()
-        parts.append(patients.tolist())
+def _gaze_checksums(prepared, image_ids):
+    "Checksums of the gaze files of some images"
+    images = prepared.cohort.images
+    if 'gaze_path' not in images: return []
+    paths = images.gaze_path[images.image_id.isin(image_ids)].dropna().unique()
+    files = [prepared.cohort.file(path) for path in sorted(paths)]
+    return [file_sha256(file) for file in files if file.is_file()]
+
+def _settings_hash(prepared, tables, loader_args):
+    "A name for folds of patients, with their labels, images and gaze, and for settings of loaders"
+    columns = [f'image_id_{view}' for view in VIEW_NAMES]
+    image_ids = sorted(set(tables[0][columns].to_numpy().ravel()) & set(prepared.keys))
+    parts = [settings_text(loader_args), prepared.config.text]
+    parts += [(image_id, prepared.keys[image_id]) for image_id in image_ids]
+    if loader_args.get('gaze'): parts += _gaze_checksums(prepared, image_ids)
+    parts += [table.to_csv(index=False) for table in tables]
     return text_sha256(repr(parts), 12)
 
 # %% ../../nbs/learners/30_mammonet.ipynb #360e5f6c
@@ -308,7 +369,7 @@ def choose_weights(
     "Compute the AUC of every pair of weights on held-out folds of the training patients"
     check_range(folds, 3, 100, 'choose_weights', 'folds', whole=True)
     tables = _folds(prepared, folds, seed)
-    patients = _settings_hash(tables, kwargs)
+    patients = _settings_hash(prepared, tables, kwargs)
     names = ('fold', 'gaze_weight', 'fusion_weight')
     rows = _known_results(path, patients).to_dict('records')
     done = {tuple(row[name] for name in names) for row in rows}
