@@ -54,7 +54,7 @@ def as_palette(png):
         reduced = nearest(original, palette)
         error = np.abs(palette[reduced].astype(int) - original).max(2)
         if np.quantile(error, .999) <= 24: break
-    else: return png
+    if np.quantile(error, .99) > 24: return png
     image = Image.fromarray(reduced, 'P')
     image.putpalette(palette.tobytes())
     out = io.BytesIO()
