@@ -19,6 +19,7 @@ from mammo_nb.cohort.cohort import Cohort
 from mammo_nb.preparation.prepare import PrepareConfig
 from mammo_nb.samples.augment import Augment
 from mammo_nb.samples.two_view import TwoViewInputs, TwoViewTargets, two_view_dls
+from mammo_nb.learners.keep_best import EarlyStopping, KeepBest
 from mammo_nb.learners.outputs import auc_metric
 from mammo_nb.learners.two_view import TwoViewLoss, two_view_learner
 from mammo_nb.learners.systems import evaluate, load_model, predict
@@ -276,6 +277,61 @@ def test_gaze_moves_with_the_picture():
     assert not torch.equal(turned['cc'], turned['mlo'])
     same = Augment()((x, y), split_idx=1)
     assert torch.equal(same[0]['image_cc'], x['image_cc'])  # validation is left alone
+
+# the line of health after a fit
+
+class Kill(Callback):
+    "Stop as a killed process would, after an epoch"
+    order = 10**7
+    def __init__(self, epoch): self.last = epoch
+    def after_epoch(self):
+        if self.epoch == self.last: raise KeyboardInterrupt
+
+def least_trained(): return KeepBest('train_loss', comp=np.greater)
+
+def test_the_line_after_a_resume_is_that_of_the_kept_epoch(make, tmp_path):
+    options = dict(lr=1e-4, cbs=least_trained())
+    whole = make(**options)
+    whole.fit(4)
+    assert whole.keep_best.epoch_of_best == 0 and whole.fit_health.text.startswith('epoch 0 kept')
+    options['folder'] = tmp_path/'run'
+    with pytest.raises(KeyboardInterrupt): make(**options | dict(cbs=least_trained())).fit(4, cbs=Kill(1))
+    for _ in range(2):  # continued, and once more when all is done
+        again = make(**options | dict(cbs=least_trained()))
+        again.fit(4)
+        assert again.fit_health.text == whole.fit_health.text
+        assert again.fit_health.warnings == whole.fit_health.warnings != []
+        assert model_version(again.model) == model_version(whole.model)
+
+def test_the_line_of_a_second_fit_is_its_own(make):
+    learn = make()
+    learn.fit(3)
+    assert learn.fit_health.text.startswith('epoch 2 kept')
+    learn.fit(1)
+    assert learn.fit_health.text.startswith('epoch 0 kept') and list(learn.fit_health.epochs) == [0]
+    assert 'nan' not in learn.fit_health.text and learn.fit_health.warnings
+
+def test_the_line_never_speaks_of_another_epoch(make):
+    learn = make(cbs=least_trained(), lr=1e-4)
+    learn.fit(2)
+    learn.fit_health.begin()
+    learn.fit_health.epochs = {1: {}}
+    learn.fit_health.after_fit()
+    assert learn.fit_health.kept_epoch() == 0 and learn.fit_health.text is None
+
+def test_the_line_after_an_early_stop_is_that_of_the_last_epoch(make):
+    learn = make(lr=0., cbs=EarlyStopping('auc', patience=2))
+    learn.fit(6)
+    last = len(learn.recorder.values)-1
+    assert last < 5 and learn.fit_health.text.startswith(f'epoch {last} kept')
+
+def test_looking_at_the_validation_set_leaves_the_line(make):
+    learn = make()
+    learn.fit(2)
+    text = learn.fit_health.text
+    learn.validate()
+    learn.get_preds()
+    assert learn.fit_health.text == text and sorted(learn.fit_health.epochs) == [0, 1]
 
 # model folders
 

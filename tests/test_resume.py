@@ -1,6 +1,7 @@
 """Trainings that are killed and started again, the best epoch, averaged weights, warm-up: on a toy learner with two optimizers."""
-import os, pickle, signal, subprocess, sys, textwrap, time
-import numpy as np, pytest, torch
+import os, pickle, re, shutil, signal, subprocess, sys, textwrap, time
+from functools import partial
+import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 import mammo_nb.core.fastai_import
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
@@ -12,22 +13,35 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.metrics import mse
 from fastai.optimizer import Adam, OptimWrapper
+from fasttransform import ItemTransform
+from mammo_nb.cohort.cohort import Cohort
+from mammo_nb.core.describe import describe_value
 from mammo_nb.core.errors import InputError
 from mammo_nb.core.seeding import seed_everything
+from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.keep_best import (
     EarlyStopping, KeepBest, ReduceOnPlateau, TrainingOnly, is_fitting, unwrap_model
 )
+from mammo_nb.learners.mammonet import mammonet_learner
 from mammo_nb.learners.resume import ResumeTraining, read_checkpoint
+from mammo_nb.learners.risk import density_learner, lmvnet_learner
 from mammo_nb.learners.run_config import (
-    callback_config, compare_runs, data_config, flatten_config, frozen_weights,
+    callback_config, compare_runs, data_config, dataset_config, flatten_config, frozen_weights,
     named_callbacks, optimizer_config, run_config_of, schedule_config
 )
 from mammo_nb.learners.training_state import (
     callback_state, generator_states, gradient_states, load_optimizer_state, optimizer_state
 )
+from mammo_nb.learners.two_view import two_view_learner
 from mammo_nb.learners.warm_up import WarmUp
 from mammo_nb.learners.weight_average import WeightAverage
 from mammo_nb.models.freezing import freeze_module
+from mammo_nb.preparation.prepared_cohort import prepare_cohort
+from mammo_nb.registration.prior_flows import prior_pairs
+from mammo_nb.samples.augment import Augment
+from mammo_nb.samples.risk import breast_history, risk_dls
+from mammo_nb.samples.two_view import two_view_dls
+from toy_system import grey_dls, grey_learner
 
 class Critic(Callback):
     "A second model with an optimizer of its own, stepped in every training batch, as in a GAN"
@@ -328,9 +342,9 @@ class Evil:
 def test_hostile_and_foreign_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path/'checkpoint.pt'
-    def write_evil(): torch.save(dict(format=3, run=Evil()), file)
+    def write_evil(): torch.save(dict(format=4, run=Evil()), file)
     contents = (lambda: file.write_bytes(b''), lambda: file.write_bytes(b'no checkpoint'), lambda: file.write_bytes(pickle.dumps(Evil())),
-                write_evil, lambda: torch.save([1, 2], file), lambda: torch.save(dict(format=3, done=1), file))
+                write_evil, lambda: torch.save([1, 2], file), lambda: torch.save(dict(format=4, done=1), file))
     for write in contents:
         write()
         learn = line_learner([ResumeTraining(tmp_path)])
@@ -342,9 +356,9 @@ def test_hostile_and_foreign_files_are_refused(tmp_path, monkeypatch):
 def test_older_formats_are_refused(tmp_path):
     fit(line_learner([ResumeTraining(tmp_path)]), 1)
     saved = read_checkpoint(tmp_path/'checkpoint.pt')
-    for version in (None, 1, 2):
+    for version in (None, 1, 2, 3):
         torch.save(saved | dict(format=version), tmp_path/'checkpoint.pt')
-        with pytest.raises(InputError, match=f'format: found {version}, expected 3; delete the file'): fit(line_learner([ResumeTraining(tmp_path)]), 1)
+        with pytest.raises(InputError, match=f'format: found {version}, expected 4; delete the file'): fit(line_learner([ResumeTraining(tmp_path)]), 1)
 
 # the run configuration
 
@@ -489,3 +503,172 @@ def test_the_full_rate_is_there_between_epochs():
     assert fit(line_learner([WarmUp(100), plateau], lr=.3), 2).opt.hypers[0]['lr'] == pytest.approx(.1)
 
 def test_a_rate_of_zero_stays_zero(): assert set(rates(WarmUp(10), lr=0.)) == {0.}
+
+# other data in the same folder
+
+def insilico_files(folder):
+    cohort = insilico_cohort(24, seed=3, exams=2, rows=96, cols=72, pixel_spacing_mm=2.5)
+    return cohort.write(folder, workers=1, progress=False)
+
+def prepare(root, cache, size=(64, 48)):
+    return prepare_cohort(Cohort.read(root), cache, size=size, workers=1, progress=False)
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    insilico_files(folder/'files')
+    return folder
+
+@pytest.fixture(scope='module')
+def images(places): return prepare(places/'files', places/'cache')
+
+def exchange(places):
+    "The same cohort, in which the files of the CC images changed places"
+    root = places/'exchanged'
+    if not root.exists():
+        shutil.copytree(places/'files', root)
+        paths = sorted(root.glob('**/*-CC.dcm'))
+        contents = [path.read_bytes() for path in paths]
+        for path, content in zip(paths, contents[7:]+contents[:7]): path.write_bytes(content)
+    return prepare(root, places/'cache')
+
+LOADERS = dict(bs=4, seed=0, device='cpu')
+TINY = dict(encoder='small', stride=8, model_args=dict(width=4), seed=0)
+MAMMONET = dict(width=4, heads=2, head_dim=8, embed=16, hidden=8)
+
+def two_view(images, folder, **kwargs): return two_view_learner(two_view_dls(images, **LOADERS | kwargs), folder=folder, **TINY)
+
+def gazed(images, folder, gaze=True, **kwargs):
+    dls = two_view_dls(images, gaze=gaze, **LOADERS | kwargs)
+    return mammonet_learner(dls, 'cross_view_gaze', folder=folder, **TINY | dict(model_args=MAMMONET))
+
+def density(images, folder, **kwargs): return density_learner(risk_dls(images, **LOADERS | kwargs), recipe=None, seed=0, folder=folder)
+
+def moved(images, folder, by=0., shape='constant'):
+    "LMV-Net with flows that are the same everywhere, or opposite in both halves"
+    flow = torch.full((2, 16, 12), by)
+    if shape == 'opposite': flow[:, 8:] *= -1
+    flows = dict.fromkeys(prior_pairs(images, breast_history(images.cohort)), flow.half())
+    return lmvnet_learner(risk_dls(images, flows=flows, **LOADERS), recipe=None, folder=folder, **TINY)
+
+def grey(images, folder): return grey_learner(grey_dls(images, seed=0, device='cpu'), seed=0, folder=folder)
+
+class Noise(ItemTransform):
+    "An augmentation with the repr of every other one"
+    split_idx = 0
+    def __init__(self, strength):
+        super().__init__()
+        self.strength = strength
+    def encodes(self, b):
+        b[0]['image_cc'] = b[0]['image_cc'] + self.strength*torch.randn_like(b[0]['image_cc'])
+        return b
+
+class NoisyAugment(Augment):
+    "An augmentation with the repr of its base"
+    def __init__(self, noise):
+        super().__init__()
+        self.noise = noise
+
+def backwards(image_id, gaze): return gaze.iloc[::-1]
+
+OTHER_DATA = dict( # name: learner, its loaders, those of another run, what differs
+    censoring=(density, {}, dict(censoring='cumulative'), 'settings.censoring: known before, cumulative now'),
+    targets=(density, {}, dict(censoring='cumulative'), 'train.settings.targets'),
+    gaze_sigma=(gazed, {}, dict(gaze_sigma=30.), 'settings.gaze_sigma: 6.0 before, 30.0 now'),
+    gaze_function=(gazed, {}, dict(gaze=backwards), 'settings.gaze: True before, backwards'),
+    gaze_lambda=(gazed, dict(gaze=lambda i, gaze: gaze[:9]), dict(gaze=lambda i, gaze: gaze[:8]), 'settings.gaze: <lambda>'),
+    transform=(two_view, dict(augment=Noise(.1)), dict(augment=Noise(.5)), 'strength=0.5'),
+    subclass=(two_view, dict(augment=NoisyAugment(.1)), dict(augment=NoisyAugment(.5)), 'noise=0.5'),
+    opposite_flows=(moved, {}, dict(by=3., shape='opposite'), 'train.flows'),
+    other_flows=(moved, dict(by=2.), dict(by=2.1), 'train.flows'))
+
+def begin(learn):
+    "Train the first of two epochs"
+    learn.add_cb(KillAfter(0))
+    interrupted(learn, 2)
+
+@pytest.mark.parametrize('name', OTHER_DATA)
+def test_other_data_are_refused(name, images, tmp_path):
+    make, before, now, part = OTHER_DATA[name]
+    begin(make(images, tmp_path, **before))
+    with pytest.raises(InputError, match='another run') as error: fit(make(images, tmp_path, **now), 2)
+    assert part in str(error.value)
+    assert len(fit(make(images, tmp_path, **before), 2).recorder.values) == 2
+
+@pytest.mark.parametrize('make', (two_view, density, grey))
+def test_other_pixels_under_the_same_ids_are_refused(make, images, places, tmp_path):
+    begin(make(images, tmp_path))
+    with pytest.raises(InputError, match='data.train.images: .* before'): fit(make(exchange(places), tmp_path), 2)
+
+def test_other_pixels_of_a_system_that_says_nothing(images, places, tmp_path):
+    "The toy system gives only its name and seed to `ResumeTraining`"
+    begin(grey(images, tmp_path))
+    with pytest.raises(InputError, match='data.description.prepare.size'): fit(grey(prepare(places/'files', places/'cache', (32, 24)), tmp_path), 2)
+
+def test_flows_may_move_in_their_last_digits(images, tmp_path):
+    begin(moved(images, tmp_path, by=2.))
+    fit(moved(images, tmp_path, by=2.005), 2)
+
+def test_other_gaze_files_are_refused(images, places, tmp_path):
+    "The first point of each reading is gone"
+    begin(gazed(images, tmp_path/'run'))
+    shutil.copytree(places/'files', tmp_path/'files')
+    for name in set(images.cohort.images.gaze_path.dropna()):
+        path = tmp_path/'files'/name
+        path.write_text(re.sub(r'\[\[\d+, \d+\], ', '[', path.read_text(), count=1))
+    changed = prepare(tmp_path/'files', places/'cache')
+    with pytest.raises(InputError, match='data.train.gaze_files: .* before'): fit(gazed(changed, tmp_path/'run'), 2)
+
+MOVED = '''
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch
+    from test_resume import KillAfter, Noise, fit, prepare, gazed, weights
+    learn = gazed(prepare({files!r}, {cache!r}), {folder!r}, gaze=lambda i, gaze: gaze[:9], augment=Noise(.1))
+    if {last} is not None: learn.add_cb(KillAfter({last}))
+    try: fit(learn, 3)
+    except KeyboardInterrupt: print('killed')
+    torch.save(weights(learn), {out!r})
+'''
+
+def elsewhere(root, folder, out, last=None, hash_seed='0'):
+    "Train in a process of its own"
+    text = MOVED.format(tests=os.path.dirname(__file__), files=str(root/'files'), cache=str(root/'cache'), folder=str(folder), out=str(out), last=last)
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(text)], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED=hash_seed))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(out, weights_only=True)
+
+def test_the_same_call_in_another_process_with_moved_files_continues(places, images, tmp_path):
+    elsewhere(places, tmp_path/'run', tmp_path/'first.pt', last=0)
+    for name in ('files', 'cache'): shutil.copytree(places/name, tmp_path/'moved'/name)
+    continued = elsewhere(tmp_path/'moved', tmp_path/'run', tmp_path/'second.pt', hash_seed='1')
+    whole = elsewhere(places, tmp_path/'whole', tmp_path/'whole.pt')
+    assert torch.equal(continued, whole)
+    assert read_checkpoint(tmp_path/'run'/'checkpoint.pt')['done'] == 3
+
+# descriptions of values
+
+def test_values_that_differ_have_other_descriptions():
+    class Slow(Noise): rate = 2
+    class Slower(Noise): rate = 3
+    def cut(n): return lambda gaze: gaze[:n]
+    values = [1, '1', [1], ['1'], {1}, {1: 2}, None, 'nan', b'1', np.zeros(2), np.zeros(3), np.zeros(2, int), torch.zeros(2), Noise, Noise(.1), Noise(.2),
+              Slow(.1), Slower(.1), cut(1), cut(2), partial(cut, 1), partial(cut, 2), Noise(.1).encodes, nn.Linear(1, 1), nn.Linear(1, 1), len, max]
+    descriptions = [describe_value(value) for value in values]
+    assert len({repr(text) for text in descriptions}) == len(values)
+    assert all(isinstance(text, (str, int)) or text is None for text in descriptions)
+
+def test_a_class_of_the_same_name_with_other_code_is_another_one():
+    def make(factor):
+        class Scale(ItemTransform): pass
+        exec(f'def encodes(self, b): return {factor}*b', names := {})
+        Scale.encodes = names['encodes']
+        return describe_value(Scale())
+    assert make(2) == make(2) and make(2) != make(3)
+
+def test_a_dataset_may_describe_itself():
+    class Own(list):
+        rows = pd.DataFrame(dict(patient_id=['a']))
+        def __init__(self): self.cache = object()
+        def run_config(self): return dict(years=5)
+    assert dataset_config(Own())['settings'] == dict(years=5)

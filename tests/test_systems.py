@@ -1,6 +1,7 @@
 "Every registered system passes every check of `check_system`; a sixth one needs no more than sixty lines; eight lines run for each."
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,9 @@ import pytest
 import mammo_nb as mn
 from mammo_nb.core.errors import InputError
 from mammo_nb.insilico.files import insilico_cohort
-from mammo_nb.learners.check_system import SYSTEM_CHECKS, SystemCheck, check_system
+from mammo_nb.learners.check_system import (
+    SYSTEM_CHECKS, SystemCheck, check_other_preparation, check_resume, check_system
+)
 from mammo_nb.learners.systems import SYSTEM_MODULES, get_system
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
 
@@ -61,6 +64,39 @@ def test_a_system_that_does_not_train_fails_its_check(checks):
     c.fit = lambda learn, epochs=1: SystemCheck.fit(c, stand_still(learn), epochs)
     with pytest.raises(AssertionError, match='training did not change any weight'):
         SYSTEM_CHECKS[0](c)
+
+
+def toy_check(prepared, folder, **changes):
+    "The toy system, parts of it replaced"
+    import toy_system
+    return SystemCheck(replace(toy_system.GREY, **changes), prepared, folder)
+
+
+def forgetful_learner(dls, **kwargs):
+    "The learner of the toy system, without `set_training_info`"
+    import toy_system
+    learn = toy_system.grey_learner(dls, **kwargs)
+    learn.model.set_training_info({})
+    return learn
+
+
+def test_a_learner_that_forgets_the_preparation_fails_its_check(prepared, tmp_path):
+    check_other_preparation(toy_check(prepared, tmp_path))
+    with pytest.raises(AssertionError, match='training_info has no `prepare`'):
+        check_other_preparation(toy_check(prepared, tmp_path, learner=forgetful_learner))
+
+
+def test_a_model_without_images_needs_no_preparation(checks):
+    density = checks('density')
+    assert 'prepare' not in density.trained.model.training_info
+    check_other_preparation(density)
+
+
+def test_a_run_without_its_data_fails_its_check(prepared, tmp_path, monkeypatch):
+    import mammo_nb.learners.run_config as run_config
+    monkeypatch.setattr(run_config, 'data_config', lambda dls: {})
+    with pytest.raises(AssertionError, match='continued with other images'):
+        check_resume(toy_check(prepared, tmp_path))
 
 
 EIGHT_LINES = '''

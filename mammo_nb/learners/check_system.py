@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np, torch
 import mammo_nb.core.fastai_import
 from fastai.callback.core import Callback
+from ..core.describe import describe_value
 from ..core.errors import InputError
 from ..core.hub import model_version
 from ..core.seeding import seed_everything
 from .systems import System, evaluate, get_system, load_model, predict
 from ..preparation.prepared_cohort import PreparedCohort
 from ..preparation.prepare import PrepareConfig
+from ..samples.loaders import prediction_dl
 
 # %% ../../nbs/learners/12_check_system.ipynb #3374c81f
 class SystemCheck:
@@ -182,11 +184,26 @@ def check_save_and_load(
     _must(loaded == expected, 'other predictions after loading')
 
 # %% ../../nbs/learners/12_check_system.ipynb #1701df27
+def _reads_images(c):
+    "Whether predictions of validation samples change when their images are inverted"
+    model = c.trained.model.eval()
+    x, _ = prediction_dl(c.trained.dls.valid_ds, bs=8).one_batch()
+    inverted, found = type(x)(x), []
+    for name, field in x.fields().items():
+        if field.kind == 'image' and name in x: inverted[name] = 1-x[name]
+    for inputs in (x, inverted):
+        with torch.no_grad(): out = c.system.forward(model, inputs)
+        found.append(c.system.outputs(model, out, inputs)[c.system.primary])
+    return describe_value(found[0]) != describe_value(found[1])
+
 def check_other_preparation(
     c:SystemCheck # the system with its small training
 ):
-    "Images of another preparation are refused"
-    if 'prepare' not in c.trained.model.training_info: return # a model that reads no image
+    "Images of another preparation are refused, by any model that reads images"
+    if 'prepare' not in c.trained.model.training_info:
+        missing = 'the model reads images, and its training_info has no `prepare`'
+        _must(not _reads_images(c), f'{missing}: call model.set_training_info(dls.description)')
+        return
     p = c.prepared
     half = tuple(n//2 for n in p.config.size)
     other = PreparedCohort(p.cohort, p.cache, PrepareConfig(size=half), p.keys, p.failures)
@@ -200,10 +217,25 @@ class _StopAfter(Callback):
     order = 10**7
     def after_epoch(self): raise KeyboardInterrupt
 
+def _exchange_images(prepared):
+    "The same cohort, as if each image were another one under the same id"
+    first, *others = prepared.keys.values()
+    exchanged = dict(zip(prepared.keys, [*others, first]))
+    parts = prepared.cohort, prepared.cache, prepared.config
+    return PreparedCohort(*parts, exchanged, prepared.failures)
+
+def _check_other_data(c, folder):
+    "A training of other images is refused by a folder that has a checkpoint"
+    other = SystemCheck(c.system, _exchange_images(c.prepared), c.folder)
+    try: other.fit(other.new_learner(folder=folder), 2)
+    except InputError as e: refused = e.what == 'run configuration'
+    else: refused = False
+    _must(refused, 'a training was continued with other images')
+
 def check_resume(
     c:SystemCheck # the system with its small training
 ):
-    "A training that was stopped and continued ends with the same weights"
+    "A training that was stopped and continued ends with the same weights, and refuses other data"
     whole = c.fit(c.new_learner(), 2)
     folder = c.folder/'run'
     first = c.new_learner(folder=folder)
@@ -213,6 +245,7 @@ def check_resume(
     again = c.fit(c.new_learner(folder=folder), 2)
     same = model_version(again.model) == model_version(whole.model)
     _must(same, 'other weights than without the stop')
+    _check_other_data(c, folder)
 
 # %% ../../nbs/learners/12_check_system.ipynb #6ce19a54
 SYSTEM_CHECKS = (

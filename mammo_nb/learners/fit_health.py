@@ -89,8 +89,15 @@ class FitHealth(Callback):
         known:str|None=None # entry of the targets that is 1 where they are known; `None`: NaN is unknown
     ):
         self.activation, self.known = activation, known
+        self.begin()
+
+    def begin(self):
+        "Forget an earlier fit"
         self.epochs = {} # epoch -> health of the validation predictions
-        self.text = None
+        self.text, self.warnings = None, []
+
+    def before_fit(self):
+        if is_fitting(self.learn): self.begin()
 
     def before_validate(self): self.parts = []
 
@@ -102,7 +109,7 @@ class FitHealth(Callback):
         target = self.learn.yb[0].detach()
         self.parts.append((self.activation(pred).cpu(), target.cpu(), known))
 
-    def after_epoch(self):
+    def after_validate(self):
         if not is_fitting(self.learn) or not self.parts: return
         preds, targets, known = zip(*self.parts)
         known = torch.cat(known) if self.known else None
@@ -110,27 +117,14 @@ class FitHealth(Callback):
         self.epochs[self.epoch] = prediction_health(preds, targets, known)
         self.parts = []
 
-    def after_fit(self):
-        if not is_fitting(self.learn) or not self.epochs: return
-        epoch = self.kept_epoch()
-        found = self.epochs[epoch]
-        losses = self.losses_of(epoch)
-        self.text = _health_line(epoch, found, losses)
-        self.warnings = health_warnings(**found, **losses) if losses else []
-        logger = getattr(self.learn.logger, '__name__', '')
-        if logger == 'noop': return # inside `learn.no_logging()`
-        lines = [self.text]
-        for warning in self.warnings: lines.append(f'Warning: {warning}')
-        print('\n'.join(lines))
-
 # %% ../../nbs/learners/05_fit_health.ipynb #d97399bd
 @patch
 def kept_epoch(self:FitHealth)->int: # counted from 0
     "Find the epoch whose weights the model has now"
+    kept = max(self.epochs)
     for cb in self.learn.cbs:
-        if isinstance(cb, KeepBest) and cb.epoch_of_best in self.epochs:
-            return cb.epoch_of_best
-    return max(self.epochs)
+        if isinstance(cb, KeepBest) and cb.weights is not None: kept = cb.epoch_of_best
+    return kept
 
 @patch
 def losses_of(self:FitHealth,
@@ -141,3 +135,31 @@ def losses_of(self:FitHealth,
     if epoch >= len(values): return {}
     train_loss, valid_loss = map(float, values[epoch][:2])
     return dict(train_loss=train_loss, valid_loss=valid_loss)
+
+# %% ../../nbs/learners/05_fit_health.ipynb #7e1d4f02
+@patch
+def after_fit(self:FitHealth):
+    "Print the line of the kept epoch, and the warnings"
+    if not is_fitting(self.learn) or not self.epochs: return
+    epoch = self.kept_epoch()
+    if epoch not in self.epochs: return
+    found, losses = self.epochs[epoch], self.losses_of(epoch)
+    self.text = _health_line(epoch, found, losses)
+    self.warnings = health_warnings(**found, **losses) if losses else []
+    logger = getattr(self.learn.logger, '__name__', '')
+    if logger == 'noop': return # inside `learn.no_logging()`
+    lines = [self.text]
+    for warning in self.warnings: lines.append(f'Warning: {warning}')
+    print('\n'.join(lines))
+
+@patch
+def resume_state(self:FitHealth)->dict: # plain values
+    "What a checkpoint keeps: the health of the epochs that are done"
+    return dict(epochs=self.epochs)
+
+@patch
+def load_resume_state(self:FitHealth,
+    state:dict # as from `resume_state`
+):
+    "Continue with the epochs that are done"
+    self.epochs = dict(state['epochs'])

@@ -28,7 +28,6 @@ from .fit_health import FitHealth
 from .keep_best import KeepBest, unwrap_model
 from .outputs import SelectOutput, auc_metric
 from .resume import ResumeTraining
-from .run_config import data_config
 from .systems import System, predict, register
 from ..cohort.leaks import select_split
 from mammo_nb.learners.two_view import (
@@ -114,10 +113,10 @@ def _own_callbacks(keep_best):
     if keep_best: own.append(KeepBest('auc'))
     return own
 
-def _resume(folder, model, dls, variant, terms, seed):
+def _resume(folder, model, variant, terms, seed):
     "The callback that continues a training after a stop, and what the training is known by"
     config = dict(system='mammonet', variant=variant, model=model.model_args)
-    config |= dict(data=data_config(dls), loss=terms, seed=seed)
+    config |= dict(loss=terms, seed=seed)
     return ResumeTraining(folder, config)
 
 # %% ../../nbs/learners/30_mammonet.ipynb #e41668c7
@@ -158,7 +157,7 @@ def mammonet_learner(
     terms = weights | dict(pos_weight=weight) | (loss_args or {})
     loss = MammoNetLoss(*weights.values(), weight, **(loss_args or {}))
     own = _own_callbacks(keep_best and metrics is None)
-    if folder is not None: own.append(_resume(folder, model, dls, variant, terms, seed))
+    if folder is not None: own.append(_resume(folder, model, variant, terms, seed))
     if metrics is None: metrics = auc_metric()
     return Learner(dls, model, loss.to(dls.device), lr=lr, metrics=metrics, cbs=[*own, *L(cbs)], **kwargs)
 

@@ -25,7 +25,6 @@ from ..core.hub import HubModel
 from ..core.seeding import seed_everything
 from .keep_best import KeepBest
 from .resume import ResumeTraining
-from .run_config import data_config
 from .systems import System, register
 from ..metrics.bootstrap import bootstrap_ci
 from ..metrics.tables import select_output
@@ -148,7 +147,7 @@ def registration_learner(
     if keep_best: own.append(KeepBest('valid_loss'))
     if folder is not None:
         model_args = getattr(model, 'model_args', {})
-        config = dict(system='registration', model=model_args, data=data_config(dls))
+        config = dict(system='registration', model=model_args)
         own.append(ResumeTraining(folder, config | dict(loss=loss_args, seed=seed)))
     if metrics is None: metrics = _pair_metrics(dls.valid_ds.with_true_flow)
     kwargs.setdefault('opt_func', _ADAM)

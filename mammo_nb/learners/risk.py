@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_MAP', 'unaligned_risk_learner', 'current_exam_learner', 'density_learner', 'primary_risk', 'risk_curves',
            'RiskObjective', 'RiskCIndex', 'start_at_risk', 'find_encoder', 'encoder_splitter', 'RecordTrainingInfo',
-           'risk_learner', 'flow_summary', 'lmvnet_learner', 'risk_cases', 'risk_samples', 'check_risk_samples',
-           'risk_outputs', 'evaluate_risks', 'rival_learner']
+           'risk_learner', 'lmvnet_learner', 'risk_cases', 'risk_samples', 'check_risk_samples', 'risk_outputs',
+           'evaluate_risks', 'rival_learner']
 
 # %% ../../nbs/learners/25_risk.ipynb #444abe3f
 import warnings
@@ -32,7 +32,6 @@ from mammo_nb.learners.keep_best import (
 )
 from .outputs import SelectOutput
 from .resume import ResumeTraining
-from .run_config import data_config
 from .systems import System, register
 from .warm_up import WarmUp
 from ..losses.survival import RiskLoss
@@ -270,27 +269,13 @@ def risk_learner(
     own += _recipe_callbacks(recipe, warmup)
     if folder is not None:
         config = dict(system=model.system, model=getattr(model, 'model_args', {}))
-        config |= dict(data=data_config(dls), head_weights=head_weights or {})
-        config |= dict(recipe=recipe, flows=flow_summary(ds.flows))
+        config |= dict(head_weights=head_weights or {}, recipe=recipe)
         config |= run_config or {}
-        own.append(ResumeTraining(folder, config, tolerances=dict(flows=.01)))
+        own.append(ResumeTraining(folder, config))
     kwargs.setdefault('opt_func', Adam if recipe is None else _ADAM)
     objective = RiskObjective(model, RiskLoss(head_weights))
     parts = dict(splitter=splitter, metrics=[RiskCIndex(), *L(metrics)], cbs=[*own, *L(cbs)])
     return Learner(dls, model, objective, lr=rate, wd=wd, **parts, **kwargs)
-
-# %% ../../nbs/learners/25_risk.ipynb #16221a7a
-def flow_summary(
-    flows:dict|None # (current, prior image id) -> flow [2,h,w]; `None`: no flows
-)->list: # mean motion (dy, dx) of up to eight flows, in cells
-    "Summarise flows for a run configuration"
-    keys = sorted(flows or {})
-    step = max(1, -(-len(keys)//8))
-    motions = []
-    for key in keys[::step]:
-        mean = flows[key].float().mean((1, 2))
-        motions += [round(m, 4) for m in mean.tolist()]
-    return motions
 
 # %% ../../nbs/learners/25_risk.ipynb #7e093b21
 MIN_MAP = 8 # rows of the feature map below which there is a warning

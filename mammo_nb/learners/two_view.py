@@ -25,7 +25,6 @@ from .fit_health import FitHealth
 from .keep_best import KeepBest
 from .outputs import SelectOutput, auc_metric
 from .resume import ResumeTraining
-from .run_config import data_config
 from .systems import System, register
 from ..metrics.classification import evaluate_classification
 from ..metrics.tables import select_output
@@ -105,10 +104,10 @@ def _own_callbacks(keep_best):
     return own
 
 # %% ../../nbs/learners/15_two_view.ipynb #06e46901
-def _resume(folder, dls, model, loss_args, seed, freeze_encoder):
+def _resume(folder, model, loss_args, seed, freeze_encoder):
     "The callback that goes on with an interrupted training of the same configuration"
     config = dict(system='two_view', model=model.model_args, loss=loss_args)
-    config |= dict(data=data_config(dls), seed=seed, freeze_encoder=freeze_encoder)
+    config |= dict(seed=seed, freeze_encoder=freeze_encoder)
     return ResumeTraining(folder, config)
 
 # %% ../../nbs/learners/15_two_view.ipynb #73e4b80c
@@ -149,7 +148,7 @@ def two_view_learner(
     loss_args = dict(pos_weight=weight, view_weight=view_weight)
     loss = TwoViewLoss(**loss_args).to(dls.device)
     own = _own_callbacks(keep_best)
-    if folder is not None: own.append(_resume(folder, dls, model, loss_args, seed, freeze_encoder))
+    if folder is not None: own.append(_resume(folder, model, loss_args, seed, freeze_encoder))
     if metrics is None: metrics = auc_metric()
     return Learner(dls, model, loss, lr=lr, wd=wd, metrics=metrics, cbs=[*own, *L(cbs)], **kwargs)
 
