@@ -428,7 +428,7 @@ def test_a_training_counts_the_cases_without_a_label(two_exams, train, tmp_path)
 @pytest.mark.parametrize('system, kwargs, said', [
     ('two_view', dict(data='device=gpu'), '--data: options: found device=gpu (RuntimeError: '),
     ('two_view', dict(data='seed=3'), '--data: options: found seed=3 (TypeError: '),
-    ('lmvnet', dict(set='encoder=small stride=8 registration=folder'), '--set: options: found encoder=small stride=8 registration=folder (AttributeError: ')])
+    ('lmvnet', dict(set='encoder=small stride=8 registration=folder'), 'lmvnet_learner: registration: found \'folder\', expected a network (mn.load_model')])
 def test_options_that_cannot_be_used_are_named_in_one_line(train, system, kwargs, said):
     "They ended in a traceback"
     status, _, err, _ = train(system, **kwargs)

@@ -406,7 +406,7 @@ def test_a_file_of_something_else_is_named(searched, tmp_path, text, message):
 
 SETTINGS = """
 from functools import partial
-from mammo_nb.learners.mammonet import settings_text
+from mammo_nb.core.describe import describe_value
 from mammo_nb.samples.augment import Augment
 NOISE = 3.
 class Reader:
@@ -415,7 +415,7 @@ class Reader:
 def recursive():
     def f(n): return n and f(n-1)
     return f
-text = settings_text(dict(
+text = describe_value(dict(
     gaze=lambda i, g: g if i in {'a', 'b', 'c', 'd'} else [x for x in g if x > NOISE], other=partial(max, key=len),
     method=Reader(.5).read, recursive=recursive(), augment=Augment(rotate=3), rows=[print, (1, 2.5)], kind=dict))
 """

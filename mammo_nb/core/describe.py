@@ -88,6 +88,11 @@ def _captured(cell):
     try: return cell.cell_contents
     except ValueError: return 'not assigned'
 
+def _names_in(code):
+    "Names that a function looks up, also in functions inside it"
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*map(_names_in, inner))
+
 @describe_value.register(CodeType)
 def _describe_code(value):
     parts = [value.co_code, value.co_names, value.co_consts]
@@ -96,12 +101,11 @@ def _describe_code(value):
 @describe_value.register(FunctionType)
 @reprlib.recursive_repr('...')
 def _describe_function(value):
-    names = value.__code__.co_names
-    used = {name: value.__globals__.get(name) for name in names}
-    numbers = {name: v for name, v in used.items() if isinstance(v, (int, float))}
+    used = {name: value.__globals__.get(name) for name in _names_in(value.__code__)}
+    plain = {name: v for name, v in used.items() if isinstance(v, (str, int, float))}
     captured = [_captured(cell) for cell in value.__closure__ or ()]
     parts = [value.__code__, value.__defaults__, value.__kwdefaults__]
-    parts += [captured, numbers]
+    parts += [captured, plain]
     return f'{value.__qualname__} {_checksum(describe_value(parts))}'
 
 # %% ../../nbs/core/16_describe.ipynb #c05df9a3
