@@ -93,6 +93,12 @@ def _names_in(code):
     inner = [const for const in code.co_consts if isinstance(const, CodeType)]
     return set(code.co_names).union(*map(_names_in, inner))
 
+def _plain_globals(function):
+    "Numbers and texts that a function takes from its module"
+    names = _names_in(function.__code__)
+    used = {name: function.__globals__.get(name) for name in names}
+    return {name: v for name, v in used.items() if isinstance(v, (str, int, float))}
+
 @describe_value.register(CodeType)
 def _describe_code(value):
     parts = [value.co_code, value.co_names, value.co_consts]
@@ -101,11 +107,9 @@ def _describe_code(value):
 @describe_value.register(FunctionType)
 @reprlib.recursive_repr('...')
 def _describe_function(value):
-    used = {name: value.__globals__.get(name) for name in _names_in(value.__code__)}
-    plain = {name: v for name, v in used.items() if isinstance(v, (str, int, float))}
     captured = [_captured(cell) for cell in value.__closure__ or ()]
     parts = [value.__code__, value.__defaults__, value.__kwdefaults__]
-    parts += [captured, plain]
+    parts += [captured, _plain_globals(value)]
     return f'{value.__qualname__} {_checksum(describe_value(parts))}'
 
 # %% ../../nbs/core/16_describe.ipynb #c05df9a3
