@@ -90,14 +90,19 @@ def _captured(cell):
 
 def _names_in(code):
     "Names that a function looks up, also in functions inside it"
-    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return set(code.co_names).union(*map(_names_in, inner))
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, CodeType): names |= _names_in(const)
+    return names
 
 def _plain_globals(function):
     "Numbers and texts that a function takes from its module"
     names = _names_in(function.__code__)
-    used = {name: function.__globals__.get(name) for name in names}
-    return {name: v for name, v in used.items() if isinstance(v, (str, int, float))}
+    plain = {}
+    for name in names:
+        used = function.__globals__.get(name)
+        if isinstance(used, (str, int, float)): plain[name] = used
+    return plain
 
 @describe_value.register(CodeType)
 def _describe_code(value):
