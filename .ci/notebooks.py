@@ -26,7 +26,7 @@ def notebooks(nbs, names):
     if names: return [Path(n).resolve() for n in names]
     return [p for p in sorted(nbs.rglob('*.ipynb')) if not any(o.startswith(('_', '.')) for o in p.relative_to(nbs).parts)]
 
-GREYS, COLOURED = 64, 40 # levels of grey in a palette; a pixel is coloured if its channels differ by more
+GREYS, COLOURED = 64, 8 # levels of grey in a palette; a pixel is coloured if its channels differ by more
 
 def mixed_palette(original, colours):
     "Even levels of grey, and the colours that the coloured pixels of an image [h,w,3] need: [n,3]"
