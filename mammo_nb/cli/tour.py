@@ -15,7 +15,7 @@ from ..core.errors import InputError
 def mammo_tour(
     folder:str='_tour', # where everything is kept; the page is index.html in it
     patients:int=None, # in-silico patients
-    epochs:int=None, # of training
+    epochs:int=None, # of each training, at most
     seed:int=None, # of the patients
     workers:int=None, # processes, default: one per core
     quiet:bool=False # no progress bars
@@ -29,6 +29,9 @@ def mammo_tour(
     if patients is not None: # sections with patients of their own
         for name in ('n_risk_patients', 'n_gaze_patients'):
             given[name] = min(getattr(TourConfig, name), max(24, patients))
+    if epochs is not None: # and with trainings of their own
+        for name in ('risk_epochs', 'gaze_epochs'):
+            given[name] = min(getattr(TourConfig, name), epochs)
     config = {name: value for name, value in given.items() if value is not None}
     def report(text): print(text, flush=True)
     try: run_tour(folder, TourConfig(**config), workers, report, not quiet)

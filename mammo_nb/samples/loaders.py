@@ -36,15 +36,18 @@ class RestoreSampleTypes(ItemTransform):
         return tuple(restored)
 
 # %% ../../nbs/samples/08_loaders.ipynb #05897c99
-def _axes(n, ctxs):
-    "Axes for n samples, at most three in a row"
+def _axes(samples, ctxs):
+    "Axes for samples, at most six images in a row"
+    n, first = len(samples), samples[0][0]
     if ctxs is not None: return list(ctxs)[:n]
-    cols = min(n, 3)
+    images = sum(f.kind == 'image' for f in first.fields().values())
+    images = max(images, 2)
+    cols = min(n, max(1, 6//images))
     rows = -(-n//cols)
-    size = 3.2*cols, 2.6*rows
+    size = 1.6*images*cols, 2.6*rows
     _, axs = plt.subplots(rows, cols, figsize=size, squeeze=False)
     axs = axs.ravel()
-    for ax in axs: ax.axis('off')
+    for ax in axs: ax.set(frame_on=False, xticks=[], yticks=[])
     return list(axs[:n])
 
 # %% ../../nbs/samples/08_loaders.ipynb #ada71b45
@@ -70,14 +73,14 @@ class SampleDL(TfmdDL):
         if b is None: b = self.one_batch()
         samples = self.decode_batch(b, max_n)
         if not show: return samples
-        for ax, (x, y) in zip(_axes(len(samples), ctxs), samples):
+        for ax, (x, y) in zip(_axes(samples, ctxs), samples):
             ax = x.show(ctx=ax, **kwargs)
             y.show(ctx=ax)
 
     def show_results(self, b, out, max_n=6, ctxs=None, **kwargs):
         "Draw the samples of a batch, with the predictions beside the targets"
         samples = self.decode_batch(b, max_n)
-        axs = _axes(len(samples), ctxs)
+        axs = _axes(samples, ctxs)
         for ax, (x, y), prediction in zip(axs, samples, to_cpu(out)):
             ax = x.show(ctx=ax, **kwargs)
             y.show(ctx=ax)
