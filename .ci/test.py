@@ -130,12 +130,13 @@ def run_notebooks(names, workers):
 
 # ---- pytest
 
-def run_pytest(files, workers):
-    "`(passed, failed, skipped)` of pytest, from its own report; each process has a half of the tests, and helps the other at the end"
+def run_pytest(files, workers, share='worksteal'):
+    """`(passed, failed, skipped)` of pytest, from its own report. `share` says how the processes share the tests: with 'worksteal' each
+    has a half and helps the other at the end, with 'loadgroup' the tests of a group stay together (`xdist_group`)"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
         options = ['-q', '-p', 'no:cacheprovider', '--continue-on-collection-errors', '--durations=12', '-o', 'faulthandler_timeout=600',
-                   '-n', str(workers), '--dist', 'worksteal', f'--junitxml={report}', f'--basetemp={folder}/tmp', '-o', 'junit_family=xunit1']
+                   '-n', str(workers), '--dist', share, f'--junitxml={report}', f'--basetemp={folder}/tmp', '-o', 'junit_family=xunit1']
         command = [sys.executable, '-m', 'pytest', *options, *map(str, files)]
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, 'MPLBACKEND': 'Agg'}, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
@@ -173,7 +174,7 @@ def main():
     guards = sorted((ROOT/'tests').glob('test_guards_*.py'))
     tests = [path for path in sorted((ROOT/'tests').glob('test_*.py')) if path not in guards]
     parts = dict(
-        guards=lambda: run_pytest(guards, options.workers),
+        guards=lambda: run_pytest(guards, options.workers, 'loadgroup'),
         notebooks=lambda: run_notebooks(options.names, options.workers),
         pytest=lambda: run_pytest(tests, options.workers))
     passed, failed, skipped = 0, [], 0

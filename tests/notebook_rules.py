@@ -110,6 +110,8 @@ def nothing_hidden(rel, cells):
     for i, c in code(cells):
         if directives(c).get('eval', '').strip().lower() == 'false': yield f'cell {i}: #| eval: false'
         if re.search(r'^\s*%%?time', source(c), re.M): yield f'cell {i}: a timing'
+        if directives(c).get('echo', '').strip().lower() == 'false' and not c.get('outputs'):
+            yield f'cell {i}: its code is not shown, and it has no output'
 
 def clean_outputs(rel, cells):
     for i, o, text in outputs(cells):

@@ -54,6 +54,7 @@ BAD = [
     ('no_global_filter', good(export="#| export\nimport warnings", demo="warnings.filterwarnings('ignore')")),
     ('no_global_filter', good(demo="from warnings import simplefilter\nsimplefilter('ignore')")),
     ('nothing_hidden', good(demo='#| eval: false\nwidth(1)')), ('nothing_hidden', good(demo='%time width([2, 5])')),
+    ('nothing_hidden', good(demo='#| echo: false\nwidth([2, 5])', outs=[])),
     ('clean_outputs', good(outs=[dict(output_type='error', ename='E', evalue='', traceback=[])])),
     ('clean_outputs', good(outs=stream('a warning', 'stderr'))), ('clean_outputs', good(outs=stream('/srv/data/exam/x.dcm'))),
     ('clean_outputs', good(outs=stream('<function f at 0x7f113a0c0400>'))), ('clean_outputs', good(outs=stream(' 50%|#####  | 1/2 [00:01, 1.0it/s]'))),

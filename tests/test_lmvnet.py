@@ -1,15 +1,18 @@
 """The learner of LMV-Net: what may not change in training, and a training that is killed."""
-import os, signal, subprocess, sys, textwrap, time
+import os, signal, time
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
 import mammo_nb.core.fastai_import
+from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
 from fastai.torch_core import to_detach
+from processes import SERVER, Elsewhere
 from torch import nn
+from mammo_nb.cohort.cohort import Cohort
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
 from mammo_nb.insilico.files import insilico_cohort, write_insilico
@@ -54,9 +57,8 @@ def _known():
     return torch.randn(40, 5, generator=g).abs().cumsum(1)-2, torch.randint(0, 5, (40,), generator=g), (torch.rand(40, generator=g) < .5).long()
 
 def test_several_processes_agree_on_the_metric_of_all_breasts(tmp_path):
-    ctx = torch.multiprocessing.get_context('spawn')
-    out = ctx.Queue()
-    ps = [ctx.Process(target=_rank, args=(r, tmp_path/'store', out)) for r in range(2)]
+    out = SERVER.Queue()
+    ps = [SERVER.Process(target=_rank, args=(r, tmp_path/'store', out)) for r in range(2)]
     for p in ps: p.start()
     found = [out.get(timeout=120) for _ in ps]
     for p in ps: p.join()
@@ -85,44 +87,31 @@ def test_frozen_parts_are_the_same_to_the_bit(prepared):
     assert any(k.startswith('registration') for k in before) and any('running_mean' in k for k in before)
     assert not [k for k in changed if k.startswith(('processor.encoder', 'registration'))] and any(k.startswith('blocks') for k in changed)
 
-SCRIPT = '''
-    import sys, time
-    from fastai.callback.core import Callback
-    sys.path.insert(0, {tests!r})
-    from test_lmvnet import learner
-    from mammo_nb.preparation.prepared_cohort import prepare_cohort
-    from mammo_nb.cohort.cohort import Cohort
-    from mammo_nb.preparation.prepare import PrepareConfig
-    import torch
-    class Slow(Callback):
-        order = 300
-        def after_batch(self): time.sleep({wait})
-        def after_epoch(self): print('epoch', self.epoch, flush=True)
-    prepared = prepare_cohort(Cohort.read({files!r}), {cache!r}, PrepareConfig(size=(64, 48)), workers=1, progress=False)
-    learn = learner(prepared, folder={folder!r}, cbs=[Slow()])
-    with learn.no_bar(), learn.no_logging(): learn.fit(4)
-    torch.save(learn.model.state_dict(), {out!r})
-'''
+class Slow(Callback):
+    "Tell when an epoch has ended; wait after each batch, so that there is time to kill"
+    order = 300
+    def __init__(self, tell, wait): self.tell, self.wait = tell, wait
+    def after_batch(self): time.sleep(self.wait)
+    def after_epoch(self): self.tell(self.epoch)
 
-def script(prepared, tmp_path, name, wait=0.):
-    text = SCRIPT.format(tests=os.path.dirname(__file__), files=str(prepared.cohort.root), cache=str(prepared.cache.folder), folder=str(tmp_path/name), out=str(tmp_path/f'{name}.pt'), wait=wait)
-    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(text)], stdout=subprocess.PIPE, text=True)
+def train_risk(tell, files, cache, folder, wait=0.):
+    "Train from the files, and keep the weights"
+    prepared = prepare_cohort(Cohort.read(files), cache, PrepareConfig(size=(64, 48)), workers=1, progress=False)
+    learn = learner(prepared, folder=folder, cbs=[Slow(tell, wait)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    torch.save(learn.model.state_dict(), folder.with_suffix('.pt'))
 
 def test_a_killed_training_ends_with_the_same_weights(prepared, tmp_path):
-    "SIGKILL in the middle of the third epoch, then the same command again"
-    p = script(prepared, tmp_path, 'killed', wait=.2)
-    for line in p.stdout:
-        if line.startswith('epoch 1'): break
+    "SIGKILL in the middle of the third epoch, then the same call again"
+    places = prepared.cohort.root, prepared.cache.folder
+    process = Elsewhere(train_risk, *places, tmp_path/'killed', .2)
+    for epoch in process.told():
+        if epoch == 1: break
     time.sleep(.5)
-    p.send_signal(signal.SIGKILL)
-    assert p.wait() == -signal.SIGKILL
+    assert process.kill() == -signal.SIGKILL
     assert (tmp_path/'killed'/'checkpoint.pt').is_file() and not (tmp_path/'killed.pt').exists()
-    for name in ('killed', 'whole'):
-        p = script(prepared, tmp_path, name)
-        out = p.communicate()[0]
-        assert p.returncode == 0
-        epochs = [l for l in out.splitlines() if l.startswith('epoch ')]
-        assert epochs == [f'epoch {k}' for k in range(2 if name == 'killed' else 0, 4)], out
+    for name, first in (('killed', 2), ('whole', 0)):
+        assert Elsewhere(train_risk, *places, tmp_path/name).finish() == list(range(first, 4))
     a, b = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('killed', 'whole'))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     a, b = (torch.load(tmp_path/n/'checkpoint.pt', weights_only=True) for n in ('killed', 'whole'))  # of the last epoch, whichever was the best

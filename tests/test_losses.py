@@ -1,10 +1,10 @@
 "Losses: what unknown entries teach (nothing), half precision, several processes, and each check of Mammo-Net's specification"
 import math
-import multiprocessing as mp
 
 import numpy as np
 import pytest
 import torch
+from processes import SERVER
 from torch.nn import functional as F
 
 from mammo_nb.core.errors import InputError
@@ -292,11 +292,10 @@ def process(rank, store, out, finished):
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     "The answers of the first process; both must have come to an end"
-    context = mp.get_context('spawn')
-    out, finished = context.Queue(), context.Event()
+    out, finished = SERVER.Queue(), SERVER.Event()
     store = tmp_path_factory.mktemp('processes')/'store'
     arguments = [(rank, store, out, finished) for rank in range(2)]
-    processes = [context.Process(target=process, args=a, daemon=True) for a in arguments]
+    processes = [SERVER.Process(target=process, args=a, daemon=True) for a in arguments]
     for p in processes:
         p.start()
     found = dict(out.get(timeout=240) for _ in processes)

@@ -2,6 +2,7 @@
 import os, pickle, re, shutil, signal, subprocess, sys, textwrap, time
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
+from processes import Elsewhere
 from torch import nn
 import mammo_nb.core.fastai_import
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
@@ -70,7 +71,7 @@ def line_learner(cbs=(), seed=0, lr=.05, dropout=.2, more=(), opt_func=Adam):
     x = torch.linspace(-1, 1, 64)[:, None]
     y = 2*x + 1 + .3*torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
     seed_everything(seed)
-    loaders = [TfmdDL(list(zip(x[i::2], y[i::2])), bs=8, shuffle=i == 0) for i in (0, 1)]
+    loaders = [TfmdDL(list(zip(x[i::2], y[i::2])), bs=8, shuffle=i == 0, num_workers=0) for i in (0, 1)]
     net = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 1), *more)
     cbs = [cb if isinstance(cb, Callback) else cb() for cb in cbs]  # those that draw random numbers are made here
     return Learner(DataLoaders(*loaders, device='cpu'), net, nn.functional.mse_loss, lr=lr, metrics=mse, cbs=cbs, opt_func=opt_func)
@@ -113,45 +114,32 @@ def interrupted(learn, epochs=6):
 
 # killed and started again
 
-SCRIPT = '''
-    import sys, time
-    sys.path.insert(0, {tests!r})
-    import mammo_nb.core.fastai_import
-    import torch
-    from fastai.callback.core import Callback
-    from fastai.callback.training import GradientAccumulation
-    from mammo_nb.learners.keep_best import is_fitting
-    from mammo_nb.learners.resume import ResumeTraining
-    from test_resume import everything, fit, line_learner, weights
-    class Slow(Callback):
-        order = 300
-        def after_batch(self): time.sleep({wait})
-        def after_epoch(self):
-            if is_fitting(self.learn): print('epoch', self.learn.resume_training.position, flush=True)
-    resume = ResumeTraining({folder!r}, dict(system='line', seed=0))
-    learn = fit(line_learner([*everything({critic!r}), GradientAccumulation(20), resume, Slow()], seed={seed}), 5)
-    torch.save(weights(learn), {out!r})
-'''
+class Slow(Callback):
+    "Tell when an epoch has ended; wait after each batch, so that there is time to kill"
+    order = 300
+    def __init__(self, tell, wait): self.tell, self.wait = tell, wait
+    def after_batch(self): time.sleep(self.wait)
+    def after_epoch(self):
+        if is_fitting(self.learn): self.tell(self.learn.resume_training.position)
 
-def start(tmp_path, name, wait=0., critic='torch', seed=0):
-    text = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path/name), out=str(tmp_path/f'{name}.pt'),
-                         wait=wait, critic=critic, seed=seed)
-    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(text)], stdout=subprocess.PIPE, text=True)
+def train_line(tell, folder, critic, wait=0., seed=0):
+    "Train with all callbacks, and keep the weights"
+    resume = ResumeTraining(folder, dict(system='line', seed=0))
+    learn = fit(line_learner([*everything(critic), GradientAccumulation(20), resume, Slow(tell, wait)], seed=seed), 5)
+    torch.save(weights(learn), folder.with_suffix('.pt'))
 
 @pytest.mark.parametrize('critic', ('torch', 'fastai'))
 def test_a_killed_training_ends_with_the_same_weights(tmp_path, critic):
     "SIGKILL in the middle of the third epoch; the restart has another seed, so all must come from the checkpoint"
-    process = start(tmp_path, 'killed', .1, critic)
-    for line in process.stdout:
-        if line.startswith('epoch 1'): break
+    process = Elsewhere(train_line, tmp_path/'killed', critic, .1)
+    for epoch in process.told():
+        if epoch == 1: break
     time.sleep(.25)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.kill() == -signal.SIGKILL
     assert (tmp_path/'killed'/'checkpoint.pt').is_file() and not (tmp_path/'killed.pt').exists()
     for name, first in (('killed', 2), ('whole', 0)):
-        process = start(tmp_path, name, critic=critic, seed=99 if first else 0)
-        epochs = [line for line in process.communicate()[0].splitlines() if line.startswith('epoch')]
-        assert process.returncode == 0 and epochs == [f'epoch {k}' for k in range(first, 5)]
+        process = Elsewhere(train_line, tmp_path/name, critic, 0., 99 if first else 0)
+        assert process.finish() == list(range(first, 5))
     killed, whole = (torch.load(tmp_path/f'{name}.pt', weights_only=True) for name in ('killed', 'whole'))
     assert torch.equal(killed, whole)
     a, b = (read_checkpoint(tmp_path/name/'checkpoint.pt') for name in ('killed', 'whole'))
@@ -619,31 +607,33 @@ def test_other_gaze_files_are_refused(images, places, tmp_path):
     changed = prepare(tmp_path/'files', places/'cache')
     with pytest.raises(InputError, match='data.train.gaze_files: .* before'): fit(gazed(changed, tmp_path/'run'), 2)
 
-MOVED = '''
+def cut(image_id, gaze): return gaze[:9]
+
+def train_gazed(images, folder, *cbs):
+    learn = gazed(images, folder, gaze=lambda i, gaze: cut(i, gaze), augment=Noise(.1))
+    for cb in cbs: learn.add_cb(cb)
+    return learn
+
+CONTINUE = '''
     import sys
     sys.path.insert(0, {tests!r})
     import torch
-    from test_resume import KillAfter, Noise, fit, prepare, gazed, weights
-    learn = gazed(prepare({files!r}, {cache!r}), {folder!r}, gaze=lambda i, gaze: gaze[:9], augment=Noise(.1))
-    if {last} is not None: learn.add_cb(KillAfter({last}))
-    try: fit(learn, 3)
-    except KeyboardInterrupt: print('killed')
-    torch.save(weights(learn), {out!r})
+    from test_resume import fit, prepare, train_gazed, weights
+    learn = train_gazed(prepare({files!r}, {cache!r}), {folder!r})
+    torch.save(weights(fit(learn, 3)), {out!r})
 '''
 
-def elsewhere(root, folder, out, last=None, hash_seed='0'):
-    "Train in a process of its own"
-    text = MOVED.format(tests=os.path.dirname(__file__), files=str(root/'files'), cache=str(root/'cache'), folder=str(folder), out=str(out), last=last)
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(text)], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED=hash_seed))
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(out, weights_only=True)
-
 def test_the_same_call_in_another_process_with_moved_files_continues(places, images, tmp_path):
-    elsewhere(places, tmp_path/'run', tmp_path/'first.pt', last=0)
+    "Another process has other addresses and another order of sets"
+    interrupted(train_gazed(images, tmp_path/'run', KillAfter(0)), 3)
     for name in ('files', 'cache'): shutil.copytree(places/name, tmp_path/'moved'/name)
-    continued = elsewhere(tmp_path/'moved', tmp_path/'run', tmp_path/'second.pt', hash_seed='1')
-    whole = elsewhere(places, tmp_path/'whole', tmp_path/'whole.pt')
-    assert torch.equal(continued, whole)
+    here = dict(tests=os.path.dirname(__file__), files=str(tmp_path/'moved/files'), cache=str(tmp_path/'moved/cache'))
+    text = textwrap.dedent(CONTINUE.format(**here, folder=str(tmp_path/'run'), out=str(tmp_path/'continued.pt')))
+    hash_seed = str(int(os.environ.get('PYTHONHASHSEED', 0))+1)
+    done = subprocess.run([sys.executable, '-c', text], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED=hash_seed))
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = fit(train_gazed(images, tmp_path/'whole'), 3)
+    assert torch.equal(torch.load(tmp_path/'continued.pt', weights_only=True), weights(whole))
     assert read_checkpoint(tmp_path/'run'/'checkpoint.pt')['done'] == 3
 
 # descriptions of values
