@@ -131,8 +131,11 @@ def run_notebooks(names, workers):
 # ---- pytest
 
 def run_pytest(files, workers, share='worksteal'):
-    """`(passed, failed, skipped)` of pytest, from its own report. `share` says how the processes share the tests: with 'worksteal' each
-    has a half and helps the other at the end, with 'loadgroup' the tests of a group stay together (`xdist_group`)"
+    """`(passed, failed, skipped)` of pytest, from its own report.
+
+    With `share='worksteal'` each process has a half of the tests, and helps the other at the end; with `'loadgroup'` the tests
+    of a group (`xdist_group`) stay in one process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
         options = ['-q', '-p', 'no:cacheprovider', '--continue-on-collection-errors', '--durations=12', '-o', 'faulthandler_timeout=600',
