@@ -133,8 +133,8 @@ def run_notebooks(names, workers):
 def run_pytest(files, workers, share='worksteal'):
     """`(passed, failed, skipped)` of pytest, from its own report.
 
-    With `share='worksteal'` each process has a half of the tests, and helps the other at the end; with `'loadgroup'` the tests
-    of a group (`xdist_group`) stay in one process.
+    With `share='worksteal'` each process has a half of the tests, and helps the other at the end; with `'loadfile'` the tests
+    of a file stay in one process.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
@@ -177,7 +177,7 @@ def main():
     guards = sorted((ROOT/'tests').glob('test_guards_*.py'))
     tests = [path for path in sorted((ROOT/'tests').glob('test_*.py')) if path not in guards]
     parts = dict(
-        guards=lambda: run_pytest(guards, options.workers, 'loadgroup'),
+        guards=lambda: run_pytest(guards, options.workers, 'loadfile'),
         notebooks=lambda: run_notebooks(options.names, options.workers),
         pytest=lambda: run_pytest(tests, options.workers))
     passed, failed, skipped = 0, [], 0

@@ -135,8 +135,6 @@ def test_slug(heading, anchor): assert slug(heading) == anchor
 
 # ---- nbdev
 
-ONE_PROCESS = pytest.mark.xdist_group('site') # the pages are processed once
-
 @pytest.fixture(scope='module')
 def processed(tmp_path_factory):
     "nbdev_proc_nbs in a copy. It only looks whether Quarto is there (and would install it otherwise), so a name on the PATH is enough"
@@ -145,13 +143,11 @@ def processed(tmp_path_factory):
     (bin/'quarto').chmod(0o755)
     return tree, nbdev('nbdev_proc_nbs', '--n_workers', '2', cwd=tree, path=[bin], home=tmp_path_factory.mktemp('home'))
 
-@ONE_PROCESS
 def test_proc_nbs_runs_clean(processed):
     tree, r = processed
     assert r.returncode == 0, r.stderr[-3000:]
     assert r.stderr.strip() == '' and r.stdout.strip() == ''
 
-@ONE_PROCESS
 def test_every_page_is_processed(processed):
     tree, _ = processed
     for page in [p for p in site_pages() if p.endswith('.ipynb')]:
@@ -159,7 +155,6 @@ def test_every_page_is_processed(processed):
         head = yaml.safe_load(''.join(first['source']).strip().strip('-'))
         assert first['cell_type'] == 'raw' and head['title'] and len(head['description']) >= 20, page
 
-@ONE_PROCESS
 def test_the_settings_arrive(processed):
     tree, _ = processed
     arrived = tree/'_proc/_quarto.yml'
@@ -214,7 +209,6 @@ def test_a_fault_of_the_site_is_seen(tmp_path, body, fault):
 
 RENDERED = ('index.ipynb', 'core/01_errors.ipynb', 'start/10_references.qmd')
 
-@ONE_PROCESS
 @pytest.mark.skipif(not shutil.which('quarto'), reason='Quarto is not on the PATH; make docs says where to get it')
 def test_pages_render(processed):
     "Links to pages that are not rendered here are dead, so only the rest is looked at"
