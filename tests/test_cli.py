@@ -4,19 +4,23 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from importlib import import_module
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from fastcore.script import anno_parser
+from processes import Elsewhere
 import mammo_nb.cli.predict as predict_module
 import mammo_nb.cli.train as train_module
+import mammo_nb.report.tour_page as tour_page
 from mammo_nb.cli.evaluate import mammo_evaluate
 from mammo_nb.cli.predict import mammo_predict
 from mammo_nb.cli.prepare import mammo_prepare
@@ -35,6 +39,8 @@ from mammo_nb.models.mammonet import MammoNet
 from mammo_nb.models.two_view import TwoViewNet
 from mammo_nb.preparation.prepare import PrepareConfig
 from mammo_nb.registration.mammoregnet import MammoRegNet
+from mammo_nb.report.tour import TourConfig
+from mammo_nb.report.tour_page import run_tour
 
 COMMANDS = dict(mammo_predict='predict', mammo_tour='tour', mammo_train='train', mammo_evaluate='evaluate', mammo_prepare='prepare')
 
@@ -299,27 +305,42 @@ def test_prepare_says_what_is_wrong_in_one_line(dicoms, tmp_path, capsys, folder
 
 # -- the tour
 
-TOUR = ('--patients', 12, '--seed', 3, '--epochs', 1, '--workers', 1, '--quiet')
+def small_tour(tell, folder):
+    matplotlib.use('Agg')
+    config = TourConfig(
+        n_patients=12, seed=3, size=(96, 72), epochs=1, batch_size=4, n_boot=50, n_risk_patients=24, risk_epochs=1,
+        n_gaze_patients=20, gaze_epochs=1)
+    run_tour(folder, config, workers=1, tell=tell, progress=False)
+
 
 def test_a_tour_that_is_killed_goes_on(tmp_path):
     "In a training. That a whole tour is reused, and its page the same, is shown in report/20_tour_page.ipynb"
     tour = tmp_path/'t'
-    p = command('mammo_tour', '--folder', tour, *TOUR)
-    while 'model: ...' not in p.stdout.readline():
-        assert p.poll() is None
+    process = Elsewhere(small_tour, tour)
+    for line in process.told():
+        if 'model: ...' in line: break
     time.sleep(random.Random().uniform(0, 1))
-    p.kill()
-    p.communicate()
-    status, out, err = finish(command('mammo_tour', '--folder', tour, *TOUR))
-    assert status == 0, err
+    assert process.kill() == -signal.SIGKILL
+    told = Elsewhere(small_tour, tour).finish()
     for stage in ('cohort', 'prepare in-silico'):
-        assert re.search(rf'^  {stage} +[\d.]+ s  reused$', out, re.M), out
+        assert any(re.fullmatch(rf' +{stage} +[\d.]+ s  reused', line) for line in told), told
     page = (tour/'index.html').read_text()
     assert page.endswith('</html>\n') and 'What none of this shows' in page
-    assert re.search(r'peak memory \d\.\d\d GiB', out) and re.search(r'total [\d.]+ s', out)
+    assert re.search(r'total [\d.]+ s, peak memory \d\.\d\d GiB', told[-1])
     stages = {d.name.rpartition('-')[0] for d in (tour/'stages').iterdir() if d.is_dir() and not d.name.startswith('.')}
     assert stages == {'cohort', 'gaze', 'gaze_patients', 'model', 'predictions', 'risk', 'risk_patients'}
     assert list((tour/'stages').glob('.making-*')) == []  # nothing of the killed run lies about
+
+
+def test_choices_of_the_tour(tmp_path, monkeypatch):
+    "A small tour has small sections"
+    asked = []
+    monkeypatch.setattr(tour_page, 'run_tour', lambda *args: asked.append(args))
+    assert mammo_tour(str(tmp_path/'t'), patients=30, epochs=3, seed=5, workers=1, quiet=True) == 0
+    folder, config, workers, _, progress = asked[0]
+    assert (folder, workers, progress) == (str(tmp_path/'t'), 1, False)
+    assert (config.n_patients, config.n_risk_patients, config.n_gaze_patients) == (30, 30, 30)
+    assert (config.epochs, config.risk_epochs, config.gaze_epochs, config.seed) == (3, 3, 3, 5)
 
 
 @pytest.mark.parametrize('kwargs,said', [(dict(patients=3), 'n_patients: found 3'), (dict(epochs=0), 'epochs: found 0')])
