@@ -9,7 +9,6 @@ import csv
 import datetime
 import hashlib
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 import psutil
 from mammo_nb.core.files import atomic_path
+from mammo_nb.core.monitor import usable_cores
 
 COLUMNS = (
     'bench', 'variant', 'metric', 'value', 'ci_low', 'ci_high', 'n', 'data_seed', 'train_seeds',
@@ -58,12 +58,6 @@ def tag(*recipe):
 
 # The machine
 
-def cores():
-    "Count the cores that this process may use"
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
 def _processor():
     "The name of the processor"
     info = Path('/proc/cpuinfo')
@@ -76,7 +70,7 @@ def _processor():
 def machine():
     "Describe the machine by cores, processor and memory; never by its name"
     memory = psutil.virtual_memory().total/GIB
-    return f'{cores()} cores ({_processor()}), {memory:.0f} GiB memory, no GPU used'
+    return f'{usable_cores()} cores ({_processor()}), {memory:.0f} GiB memory, no GPU used'
 
 def _git(*args):
     return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True)

@@ -8,9 +8,10 @@ import time
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from benchmarks._bench import ROOT, cores, tag
+from benchmarks._bench import ROOT, tag
 from mammo_nb.core.code_hash import code_hash
 from mammo_nb.core.files import atomic_path
+from mammo_nb.core.monitor import usable_cores
 from mammo_nb.insilico.files import write_insilico
 from mammo_nb.preparation.prepare import PrepareConfig
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
@@ -95,4 +96,4 @@ def run_jobs(
 ): # the results, in order
     "Run jobs on all cores with one thread each, which is faster than many threads a training"
     work = (delayed(_on_one_thread)(*job) for job in jobs)
-    return Parallel(n_jobs=cores())(work)
+    return Parallel(n_jobs=usable_cores())(work)

@@ -25,7 +25,8 @@ from pathlib import Path
 import psutil
 import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._bench import GIB, Bench, cores, options
+from benchmarks._bench import GIB, Bench, options
+from mammo_nb.core.monitor import usable_cores
 from mammo_nb.models.attention import Attention
 from mammo_nb.models.dual_stream import DualStreamBlock
 from mammo_nb.models.lmvnet import LMVNet
@@ -201,7 +202,7 @@ def run_rounds(bench, part, phase, rounds, seed):
 def main(argv=None):
     a = options(__doc__, argv, seed=(0, 'of the inputs'), rounds=3)
     config = dict(
-        tokens=TOKENS, dim=DIM, heads=HEADS, picture=SIZE, rounds=a.rounds, threads=cores(),
+        tokens=TOKENS, dim=DIM, heads=HEADS, picture=SIZE, rounds=a.rounds, threads=usable_cores(),
         registration=dict(shrink=2))
     bench = Bench('attention', a.seed, config, 'about 15 minutes')
     if not bench.done('lmvnet', 'process_gib'):

@@ -30,8 +30,9 @@ import pydicom
 from scipy import ndimage
 from skimage.transform import resize
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._bench import Bench, Load, cores, options
+from benchmarks._bench import Bench, Load, options
 from mammo_nb.cohort.cohort import Cohort
+from mammo_nb.core.monitor import usable_cores
 from mammo_nb.preparation.cache import Cache, read_pixels
 from mammo_nb.preparation.prepare import PrepareConfig, plan, prepare
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
@@ -188,7 +189,7 @@ def run(bench, a, config, folder):
     "Add all rows that are missing"
     cohort = film_cohort()
     if not bench.done('two processes / one', 'speed_ratio'):
-        if cores() < 2:
+        if usable_cores() < 2:
             print('  two processes need two cores: left out')
         else:
             rng = np.random.default_rng(a.seed)

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ..core.errors import InputError
+from .heatmap import on_image
 from .miceye import NotInLog
 from .readings import read_gaze
 from ..preparation.annotations import show_prepared
@@ -67,21 +68,16 @@ def dwell_shares(
         p, places = look.prepared, scale*look.places
         if exchanged:
             places = places[:, ::-1]
-        off_image += look.dwell[~_inside(places, p.stored_shape)].sum()
+        off_image += look.dwell[~on_image(places, p.stored_shape)].sum()
         on_breast += look.dwell[_on_mask(p, places)].sum()
         total += look.dwell.sum()
     total = max(total, 1e-12)
     return float(on_breast/total), float(off_image/total)
 
-def _inside(places, shape):
-    "[N] bool: places on an image of this shape"
-    inside = (places >= 0) & (places < shape)
-    return inside.all(1)
-
 def _on_mask(p, places):
     "[N] bool: places (stored pixels) in the breast mask"
     cells = np.floor(p.points(places)).astype(int)
-    found = _inside(cells, p.mask.shape)
+    found = on_image(cells, p.mask.shape)
     rows, cols = cells[found].T
     found[found] = p.mask[rows, cols]
     return found

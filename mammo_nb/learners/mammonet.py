@@ -22,9 +22,9 @@ from ..core.files import atomic_path, file_sha256, text_sha256
 from ..core.progress import progress_bar
 from ..core.seeding import seed_everything
 from .fit_health import FitHealth
-from .keep_best import KeepBest, unwrap_model
+from .keep_best import unwrap_model
 from .outputs import SelectOutput, auc_metric
-from .resume import ResumeTraining
+from .resume import training_callbacks
 from .systems import System, predict, register
 from ..cohort.leaks import select_split
 from mammo_nb.learners.two_view import (
@@ -104,17 +104,10 @@ def _new_model(encoder, options, rows):
     if rows is not None: start_at_prevalence(model.head.logit, rows.label.mean())
     return model
 
-def _own_callbacks(keep_best):
-    "Callbacks that every training has"
-    own = [SelectOutput(), FitHealth()]
-    if keep_best: own.append(KeepBest('auc'))
-    return own
-
-def _resume(folder, model, variant, terms, seed):
-    "The callback that continues a training after a stop, and what the training is known by"
-    config = dict(system='mammonet', variant=variant, model=model.model_args)
-    config |= dict(loss=terms, seed=seed)
-    return ResumeTraining(folder, config)
+def _run_config(variant, weights, pos_weight, loss_args, seed):
+    "What a training is known by, beside its model"
+    terms = weights | dict(pos_weight=pos_weight) | (loss_args or {})
+    return dict(variant=variant, loss=terms, seed=seed)
 
 # %% ../../nbs/learners/30_mammonet.ipynb #e41668c7
 @delegates(Learner.__init__)
@@ -151,10 +144,10 @@ def mammonet_learner(
     model = model.to(memory_format=torch.channels_last)
     model.set_training_info(dls.description | dict(variant=variant))
     weight = positive_weight(class_weight, dls.train_ds.rows.label.to_numpy(), 'mammonet_learner')
-    terms = weights | dict(pos_weight=weight) | (loss_args or {})
     loss = MammoNetLoss(*weights.values(), weight, **(loss_args or {}))
-    own = _own_callbacks(keep_best and metrics is None)
-    if folder is not None: own.append(_resume(folder, model, variant, terms, seed))
+    best = 'auc' if keep_best and metrics is None else None
+    run = _run_config(variant, weights, weight, loss_args, seed)
+    own = training_callbacks([SelectOutput(), FitHealth()], model, 'mammonet', best, folder, run)
     if metrics is None: metrics = auc_metric()
     return Learner(dls, model, loss.to(dls.device), lr=lr, metrics=metrics, cbs=[*own, *L(cbs)], **kwargs)
 

@@ -23,8 +23,7 @@ from ..cohort.cohort import Cohort
 from ..core.errors import InputError
 from ..core.hub import HubModel
 from ..core.seeding import seed_everything
-from .keep_best import KeepBest
-from .resume import ResumeTraining
+from .resume import training_callbacks
 from .systems import System, register
 from ..metrics.bootstrap import bootstrap_ci
 from ..metrics.tables import select_output
@@ -143,12 +142,9 @@ def registration_learner(
     _check_inverse(model, inverse)
     if isinstance(model, HubModel): model.set_training_info(dls.description)
     loss_args = dict(smooth=smooth, fold=fold, inverse=inverse, window=window)
-    own = [PairBatch()]
-    if keep_best: own.append(KeepBest('valid_loss'))
-    if folder is not None:
-        model_args = getattr(model, 'model_args', {})
-        config = dict(system='registration', model=model_args)
-        own.append(ResumeTraining(folder, config | dict(loss=loss_args, seed=seed)))
+    best = 'valid_loss' if keep_best else None
+    run = dict(loss=loss_args, seed=seed)
+    own = training_callbacks([PairBatch()], model, 'registration', best, folder, run)
     if metrics is None: metrics = _pair_metrics(dls.valid_ds.with_true_flow)
     kwargs.setdefault('opt_func', _ADAM)
     loss = RegistrationLoss(**loss_args)

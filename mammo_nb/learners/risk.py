@@ -28,10 +28,10 @@ from ..core.hub import HubModel
 from ..core.seeding import seed_everything
 from .fit_health import FitHealth
 from mammo_nb.learners.keep_best import (
-    EarlyStopping, KeepBest, ReduceOnPlateau, is_fitting, unwrap_model
+    EarlyStopping, ReduceOnPlateau, is_fitting, unwrap_model
 )
 from .outputs import SelectOutput
-from .resume import ResumeTraining
+from .resume import training_callbacks
 from .systems import System, register
 from .warm_up import WarmUp
 from ..losses.survival import RiskLoss
@@ -265,13 +265,10 @@ def risk_learner(
     model = _prepare_model(model, ds, start)
     splitter, rate = _learning_rates(model, lr, encoder_lr_factor)
     own = [SelectOutput('logits_fused', 'target'), RecordTrainingInfo(), FitHealth(known='y_mask')]
-    if keep_best: own.append(KeepBest('c_index'))
     own += _recipe_callbacks(recipe, warmup)
-    if folder is not None:
-        config = dict(system=model.system, model=getattr(model, 'model_args', {}))
-        config |= dict(head_weights=head_weights or {}, recipe=recipe)
-        config |= run_config or {}
-        own.append(ResumeTraining(folder, config))
+    best = 'c_index' if keep_best else None
+    run = dict(head_weights=head_weights or {}, recipe=recipe) | (run_config or {})
+    own = training_callbacks(own, model, model.system, best, folder, run)
     kwargs.setdefault('opt_func', Adam if recipe is None else _ADAM)
     objective = RiskObjective(model, RiskLoss(head_weights))
     parts = dict(splitter=splitter, metrics=[RiskCIndex(), *L(metrics)], cbs=[*own, *L(cbs)])

@@ -22,9 +22,8 @@ from ..core.errors import check_range
 from ..core.hub import HubModel
 from ..core.seeding import seed_everything
 from .fit_health import FitHealth
-from .keep_best import KeepBest
 from .outputs import SelectOutput, auc_metric
-from .resume import ResumeTraining
+from .resume import training_callbacks
 from .systems import System, register
 from ..metrics.classification import evaluate_classification
 from ..metrics.tables import select_output
@@ -96,20 +95,6 @@ def start_at_prevalence(
     logit = float(np.log(odds))
     with torch.no_grad(): layer.bias.fill_(logit)
 
-# %% ../../nbs/learners/15_two_view.ipynb #f8e91844
-def _own_callbacks(keep_best):
-    "Callbacks that every training has"
-    own = [SelectOutput(), FitHealth()]
-    if keep_best: own.append(KeepBest('auc'))
-    return own
-
-# %% ../../nbs/learners/15_two_view.ipynb #06e46901
-def _resume(folder, model, loss_args, seed, freeze_encoder):
-    "The callback that goes on with an interrupted training of the same configuration"
-    config = dict(system='two_view', model=model.model_args, loss=loss_args)
-    config |= dict(seed=seed, freeze_encoder=freeze_encoder)
-    return ResumeTraining(folder, config)
-
 # %% ../../nbs/learners/15_two_view.ipynb #73e4b80c
 @delegates(Learner.__init__)
 def two_view_learner(
@@ -138,8 +123,7 @@ def two_view_learner(
     if seed is not None: seed_everything(seed)
     labels = dls.train_ds.rows.label.to_numpy()
     if model is None:
-        options = (pretrained, pool, dropout)
-        model = TwoViewNet(encoder, views, stride, *options, **(model_args or {}))
+        model = TwoViewNet(encoder, views, stride, pretrained, pool, dropout, **(model_args or {}))
         start_at_prevalence(model.head.evidence, labels.mean())
     model = model.to(memory_format=torch.channels_last)
     if freeze_encoder: freeze_module(model.encoder)
@@ -147,8 +131,9 @@ def two_view_learner(
     weight = positive_weight(class_weight, labels, 'two_view_learner')
     loss_args = dict(pos_weight=weight, view_weight=view_weight)
     loss = TwoViewLoss(**loss_args).to(dls.device)
-    own = _own_callbacks(keep_best)
-    if folder is not None: own.append(_resume(folder, model, loss_args, seed, freeze_encoder))
+    best = 'auc' if keep_best else None
+    run = dict(loss=loss_args, seed=seed, freeze_encoder=freeze_encoder)
+    own = training_callbacks([SelectOutput(), FitHealth()], model, 'two_view', best, folder, run)
     if metrics is None: metrics = auc_metric()
     return Learner(dls, model, loss, lr=lr, wd=wd, metrics=metrics, cbs=[*own, *L(cbs)], **kwargs)
 

@@ -10,14 +10,15 @@ __all__ = ['BIN_STRATEGIES', 'CALIBRATION_METHODS', 'brier', 'calibration_table'
 from dataclasses import dataclass
 from functools import partial
 import numpy as np, pandas as pd
-import matplotlib.pyplot as plt, seaborn as sns
+import matplotlib.pyplot as plt
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
-from ..core.errors import InputError, check_in, check_range
+from ..core.errors import check_in, check_range
 from .bootstrap import bootstrap_values
-from .predictions import WHO_COLUMNS, check_predictions
-from .thresholds import check_valid_split, known_labels
-from .weighted import as_weights, batched, ratio
+from .predictions import check_predictions
+from .roc import draw_models
+from .thresholds import check_same_model, fitting_data, known_labels
+from .weighted import as_weights, batched, ratio, weighted_mean
 
 # %% ../../nbs/metrics/12_calibration.ipynb #2cab3c4f
 @batched
@@ -28,10 +29,8 @@ def brier(
 ): # float or [B], in [0, 1], lower is better
     "Mean squared error of a probability"
     y, v = np.asarray(label), np.asarray(value)
-    w = as_weights(weight, len(v))
     squares = (v-y)**2
-    total = (w*squares).sum(-1)
-    return ratio(total, w.sum(-1))
+    return weighted_mean(squares, weight)
 
 # %% ../../nbs/metrics/12_calibration.ipynb #7c431f17
 BIN_STRATEGIES = ('uniform', 'quantile')
@@ -56,9 +55,8 @@ def _observed_shares(label, value, weight=None, edges=None):
     shares = []
     for i in range(max(len(edges)-1, 1)):
         inside = bins == i
-        total = w[:, inside].sum(-1)
-        positive = (w[:, inside]*label[inside]).sum(-1)
-        shares.append(ratio(positive, total))
+        share = weighted_mean(label[inside], w[:, inside])
+        shares.append(share)
     return np.stack(shares, -1)
 
 # %% ../../nbs/metrics/12_calibration.ipynb #41963cb0
@@ -145,12 +143,7 @@ class Calibrator:
 
     def apply(self, table):
         "The table with recalibrated values, named in its version"
-        for column in WHO_COLUMNS:
-            own = getattr(self, column)
-            others = sorted(set(table[column]) - {own})
-            if others:
-                expected = f'{own}, for which it was fitted'
-                raise InputError('Calibrator.apply', column, ', '.join(others), expected)
+        check_same_model(table, self, 'Calibrator.apply', 'for which it was fitted')
         version = f'{self.version}+{self.method}'
         return check_predictions(table.assign(value=self(table['value']), version=version))
 
@@ -163,8 +156,9 @@ def _fit_isotonic(y, v):
     knots = m.X_thresholds_, m.y_thresholds_
     return tuple(tuple(map(float, k)) for k in knots)
 
-def _fit_logistic(y, v, n1, n0):
+def _fit_logistic(y, v):
     "Slope and intercept with Platt's targets: each row is partly 1 and partly 0"
+    n1, n0 = int((y == 1).sum()), int((y == 0).sum())
     high, low = (n1+1)/(n1+2), 1/(n0+2)
     target = np.where(y == 1, high, low)
     weights = np.r_[target, 1-target]
@@ -181,17 +175,9 @@ def fit_calibrator(
 )->Calibrator: # a callable on values; `.apply` on tables
     "Fit a recalibration on validation rows"
     check_in(method, CALIBRATION_METHODS, 'fit_calibrator', 'method')
-    t = known_labels(check_valid_split(table, 'fit_calibrator'))
-    y, v = t['label'].to_numpy(), t['value'].to_numpy()
-    n1, n0 = int((y == 1).sum()), int((y == 0).sum())
-    if not (n1 and n0):
-        found = f'{len(y)} rows of one class'
-        raise InputError('fit_calibrator', 'label', found, 'both classes')
-    if method == 'isotonic':
-        numbers = _fit_isotonic(y, v)
-    else:
-        numbers = _fit_logistic(y, v, n1, n0)
-    who = [t.iloc[0][c] for c in ('system', 'output', 'version')]
+    y, v, who = fitting_data(table, 'fit_calibrator')
+    fit = dict(isotonic=_fit_isotonic, logistic=_fit_logistic)[method]
+    numbers = fit(y, v)
     return Calibrator(method, numbers, 'valid', len(y), *who)
 
 # %% ../../nbs/metrics/12_calibration.ipynb #a4d5bca2
@@ -221,14 +207,11 @@ def plot_calibration(
     seed:int=0 # of the draws
 ): # the axes
     "Plot reliability diagrams; the legend has Brier score and ECE"
-    if not isinstance(tables, dict):
-        tables = {'': tables}
     if ax is None:
         _, ax = plt.subplots(figsize=(4, 4))
     ax.plot([0, 1], [0, 1], color='.6', lw=1, ls=':')
-    colors = sns.color_palette('colorblind', len(tables))
-    for (name, table), color in zip(tables.items(), colors):
-        _draw_calibration(ax, name, table, color, bins, strategy, groups, n_boot, seed)
+    options = dict(bins=bins, strategy=strategy, groups=groups, n_boot=n_boot, seed=seed)
+    draw_models(ax, tables, partial(_draw_calibration, **options))
     ax.set(xlabel='mean predicted probability', ylabel='share malignant')
     ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect='equal')
     ax.legend(loc='upper left', fontsize=8)

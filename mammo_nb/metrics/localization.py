@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from scipy import ndimage
 from ..core.errors import InputError, check_in, check_range
 from .bootstrap import Estimate, bootstrap_ci, paired_difference
-from .weighted import as_weights, auc, batched, ratio
+from .weighted import auc, weighted_mean
 from ..preparation.annotations import map_layer, read_lesion_mask
 from ..preparation.prepared_cohort import PreparedCohort
 
@@ -171,12 +171,6 @@ def localization_table(
 LOCALIZATION_METRICS = (
     'attention_in_lesion', 'pointing_game', 'iou', 'pixel_auc', 'empty_map', 'chance')
 
-@batched
-def _weighted_mean(value, weight=None):
-    w = as_weights(weight, len(value))
-    total = (w*value).sum(-1)
-    return ratio(total, w.sum(-1))
-
 def _values_of(tables, metric):
     "Tables with the metric as `value`, in one order"
     if isinstance(tables, pd.DataFrame):
@@ -195,7 +189,7 @@ def localization_ci(
 )->Estimate: # mean over images, interval over patients
     "Estimate a localisation metric, or the difference of two systems"
     check_in(metric, LOCALIZATION_METRICS, 'localization_ci', 'metric')
-    options = dict(metric=_weighted_mean, columns=('value',)) | kwargs
+    options = dict(metric=weighted_mean, columns=('value',)) | kwargs
     first = _values_of(tables, metric)
     if other is None:
         return bootstrap_ci(first, **options)

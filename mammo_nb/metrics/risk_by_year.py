@@ -100,6 +100,14 @@ def _share_with_cancer(time, event, w, year):
     return 1-free[:, at]
 
 @batched
+def _known_share(time, event, weight=None, year=5):
+    "[B]: the same share, NaN where nobody is observed to the end of `year`"
+    event = event == 1
+    known = _is_observed(time, event, weight, year, to_the_end=True)
+    share = _share_with_cancer(time, event, weight, year)
+    return np.where(known, share, np.nan)
+
+@batched
 def eo_ratio(
     time, # [N] years
     event, # [N] 1: cancer
@@ -110,22 +118,12 @@ def eo_ratio(
     "Mean predicted risk over the observed share of cancers"
     time, event, w, risk = check_survival('eo_ratio', time, event, risk, weight=weight)
     expected = (w*risk).sum(-1)
-    share = _share_with_cancer(time, event, w, year)
+    share = _known_share(time, event, w, year)
     observed = w.sum(-1)*share
-    known = _is_observed(time, event, w, year, to_the_end=True)
     quotient = ratio(expected, observed)
-    quotient = np.where(known, quotient, np.nan)
     return match_weights(quotient, weight)
 
 # %% ../../nbs/metrics/17_risk_by_year.ipynb #8afeb213
-@batched
-def _known_share(time, event, weight=None, year=5):
-    "[B]: share with a cancer by `year`, NaN where it is unknown"
-    event = event == 1
-    known = _is_observed(time, event, weight, year, to_the_end=True)
-    share = _share_with_cancer(time, event, weight, year)
-    return np.where(known, share, np.nan)
-
 def _draw_group(ax, group, risk, year, n_boot):
     "Draw the point of one group with its interval"
     time = group['time'].to_numpy()

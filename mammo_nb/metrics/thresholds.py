@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLD_RULES', 'known_labels', 'sensitivity', 'specificity', 'accuracy', 'balanced_accuracy', 'Threshold',
-           'check_valid_split', 'choose_threshold', 'at_threshold']
+           'check_valid_split', 'fitting_data', 'choose_threshold', 'check_same_model', 'at_threshold']
 
 # %% ../../nbs/metrics/10_thresholds.ipynb #b9c8d076
 from dataclasses import dataclass
@@ -145,6 +145,19 @@ def check_valid_split(
             raise InputError(where, column, found, 'one (see select_output)')
     return table
 
+# %% ../../nbs/metrics/10_thresholds.ipynb #ad60fbbb
+def fitting_data(
+    table:pd.DataFrame, # predictions of one output with labels, only rows of split `valid`
+    where:str # named in the error
+)->tuple: # known labels [N], their values [N], (system, output, version)
+    "Read the rows on which something is fitted; both classes are needed"
+    t = known_labels(check_valid_split(table, where))
+    y, v = t['label'].to_numpy(), t['value'].to_numpy()
+    if len(np.unique(y)) < 2:
+        found = f'{len(y)} rows of one class'
+        raise InputError(where, 'label', found, 'both classes')
+    return y, v, tuple(t.iloc[0][c] for c in WHO_COLUMNS)
+
 # %% ../../nbs/metrics/10_thresholds.ipynb #f7b377a9
 def choose_threshold(
     table:pd.DataFrame, # predictions of one output with labels, only rows of split `valid`
@@ -154,16 +167,25 @@ def choose_threshold(
     "Choose a threshold on validation rows"
     check_in(rule, THRESHOLD_RULES, 'choose_threshold', 'rule')
     check_range(target, 0, 1, 'choose_threshold', 'target')
-    t = known_labels(check_valid_split(table, 'choose_threshold'))
-    y, v = t['label'].to_numpy(), t['value'].to_numpy()
-    if len(np.unique(y)) < 2:
-        found = f'{len(y)} rows of one class'
-        raise InputError('choose_threshold', 'label', found, 'both classes')
+    y, v, who = fitting_data(table, 'choose_threshold')
     candidates = _candidates(v)
     i = _best_candidate(candidates, np.sort(v[y == 1]), np.sort(v[y == 0]), rule, target)
     name = f'{rule} {target:g}' if rule in ('sensitivity', 'specificity') else rule
-    who = [t.iloc[0][c] for c in ('system', 'output', 'version')]
     return Threshold(float(candidates[i]), name, 'valid', len(y), *who)
+
+# %% ../../nbs/metrics/10_thresholds.ipynb #11f73920
+def check_same_model(
+    table:pd.DataFrame, # a predictions table
+    fitted, # a `Threshold` or `Calibrator`, with `system`, `output` and `version`
+    where:str, # named in the error
+    why:str # what ties it to its model, for the error
+): # nothing; raises `InputError` for rows of another model
+    "Refuse rows of another model than the one that was fitted"
+    for column in WHO_COLUMNS:
+        own = getattr(fitted, column)
+        others = sorted(set(table[column]) - {own})
+        if others:
+            raise InputError(where, column, ', '.join(others), f'{own}, {why}')
 
 # %% ../../nbs/metrics/10_thresholds.ipynb #650b2335
 def at_threshold(
@@ -179,10 +201,5 @@ def at_threshold(
         found = f'{own} rows of {threshold.split!r}'
         expected = 'other rows than those on which the threshold was chosen'
         raise InputError('at_threshold', 'split', found, expected)
-    for column in WHO_COLUMNS:
-        own = getattr(threshold, column)
-        others = sorted(set(table[column]) - {own})
-        if others:
-            expected = f'{own}, for which the threshold was chosen'
-            raise InputError('at_threshold', column, ', '.join(others), expected)
+    check_same_model(table, threshold, 'at_threshold', 'for which the threshold was chosen')
     return partial(metric, threshold=threshold.value)

@@ -15,6 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..core.errors import InputError
+from ..core.monitor import usable_cores
 from ..core.progress import progress_bar
 from .cache import Cache
 from .prepare import PrepareConfig
@@ -126,12 +127,6 @@ def prepare_file(
     return file.image_id, None, False, (file.path, *failure)
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #0654e09f
-def _cores():
-    "Number of cores that this process may use"
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
 def _prepare_in_parallel(files, folder, config, workers)->Iterator:
     "Results of `prepare_file` in any order"
     from joblib import Parallel, delayed, parallel_config
@@ -143,7 +138,7 @@ def _prepare_in_parallel(files, folder, config, workers)->Iterator:
 
 def _prepare_all(files, folder, config, workers)->Iterator:
     "Results of `prepare_file`, here or in worker processes"
-    workers = min(workers or _cores(), len(files))
+    workers = min(workers or usable_cores(), len(files))
     if workers > 1:
         yield from _prepare_in_parallel(files, folder, config, workers)
     else:
