@@ -460,6 +460,13 @@ def test_options_that_cannot_be_used_are_named_in_one_line(train, system, kwargs
     assert status == 2 and said in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize('option, text', [('set', 'lr=abc'), ('set', 'wd=abc'), ('set', 'metrics=auc'), ('set', 'moms=0.9'), ('data', 'num_workers=x')])
+def test_options_that_the_training_would_notice_are_named(train, option, text):
+    "They ended in a traceback at the first batch"
+    status, _, err, _ = train(**{option: text})
+    assert status == 2 and f'--{option}: {text.partition("=")[0]}: found' in err and len(err.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize('error', [AttributeError('a'), RuntimeError('b'), TypeError('c')])
 def test_an_error_without_options_is_not_hidden(error):
     with pytest.raises(type(error)), name_options({'--data': {}}): raise error
@@ -509,6 +516,18 @@ def test_images_of_no_case_are_left_out(two_exams, exam_models, tmp_path, capsys
     assert status == 1 and len(left) == 4, err
     assert left.image_id.str.contains(two_exams.patients[1]).all()
     assert set(left.found) == {'none: no case has this image'}
+
+
+def test_an_image_of_no_pair_is_left_out_though_its_breast_is_predicted(two_exams, exam_models, tmp_path, capsys):
+    "The patient's earlier exam has no MLO: the later MLO images were in no table"
+    patient = two_exams.patients[0]
+    images = two_exams.images[two_exams.images.patient_id == patient]
+    earlier = (images.exam_date == images.exam_date.min()) & (images.view == 'MLO')
+    two_exams.select(two_exams.images.image_id.isin(images.image_id[~earlier])).write(tmp_path/'few')
+    status, out, err = predict_here(capsys, tmp_path/'few', exam_models/'registration', out=tmp_path/'o')
+    left = pd.read_csv(tmp_path/'o/left_out.csv')
+    assert status == 1 and len(left) == 2, err
+    assert left.image_id.str.contains('MLO').all()
 
 
 def test_paths_of_predicted_images_are_relative_to_the_table(two_exams, exam_models, tmp_path, capsys):

@@ -473,6 +473,18 @@ def test_an_argument_that_a_file_cannot_hold_is_refused_by_name(name, value, tmp
     assert not (tmp_path/'m').exists()
 
 
+def test_positional_arguments_without_a_name_are_refused(tmp_path):
+    "They were saved under the names of others, and the folder could not be loaded"
+    class Sizes(HubModel):
+        def __init__(self, *sizes, dropout=.1):
+            super().__init__()
+            self.layer = torch.nn.Linear(len(sizes) or 1, 1)
+    with pytest.raises(InputError, match='sizes of Sizes: found tuple'):
+        Sizes(1, 2, 3).save_pretrained(tmp_path/'m')
+    named = Sizes(dropout=.2)
+    assert named.model_args == dict(dropout=.2) and not named.lost_args
+
+
 def test_arguments_that_a_file_holds():
     options = [None, 'text', 2, .5, True, (1, 2), dict(a=[np.float64(.5)])]
     for option in options: assert not Own(option=option).lost_args

@@ -269,6 +269,26 @@ def test_a_search_knows_its_pixels(searched, tmp_path):
     shutil.copy(files.root/one, tmp_path/'files'/other)
     with pytest.raises(InputError, match='same patients and images'): search(prepare(copied))
 
+@pytest.mark.parametrize('same', [dict(num_workers=1), dict(in_memory=False), dict(device=torch.device('cpu')), dict(gaze_sigma=6.)])
+def test_a_search_ignores_what_changes_no_result(searched, same):
+    "Finished folds were refused"
+    prepare, search = searched
+    assert search(prepare(), **same) == 0
+
+@pytest.mark.parametrize('column', ['gaze_path', 'pixel_spacing_mm'])
+def test_a_search_knows_whose_gaze_it_is(searched, tmp_path, column):
+    "Logs that were exchanged, or another spacing, which is the width of the blur in pixels, gave the earlier results"
+    prepare, search = searched
+    cohort, path = prepare().cohort, tmp_path/'gaze.csv'
+    assert search(prepare(), path=path, gaze=True) == 3
+    images = cohort.images.copy()
+    if column == 'gaze_path':
+        one, other = images.index[images.split == 'train'][:2]
+        images.loc[[one, other], column] = images.loc[[other, one], column].to_numpy()
+    else: images[column] *= 1.5
+    with pytest.raises(InputError, match='same patients and images'):
+        search(prepare(Cohort(images, cohort.findings, cohort.root)), path=path, gaze=True)
+
 def keep_all(image_id, gaze):
     return gaze
 

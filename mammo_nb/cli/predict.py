@@ -10,6 +10,7 @@ __all__ = ['RESULTS', 'IMAGES', 'remove_results', 'replace_results', 'new_result
 import os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
+import numpy as np
 import pandas as pd
 from fastcore.script import bool_arg, call_parse
 from mammo_nb.cli.shared import (
@@ -113,9 +114,10 @@ def _unpredicted_images(dataset, table):
     images = prepared.cohort.images
     ids = [name for name in ID_COLUMNS if name in rows]
     used = dataset.ids[_same_rows(rows, table, ids)].ravel()
-    predicted = _same_rows(images, table, ['exam_id', 'laterality'])
+    predicted = False # a system that predicts images has to predict each
+    if 'image_id' not in ids: predicted = _same_rows(images, table, ['exam_id', 'laterality'])
     exists = images.image_id.isin(list(prepared.keys))
-    missing = images[exists & ~predicted & ~images.image_id.isin(used)]
+    missing = images[exists & np.logical_not(predicted) & ~images.image_id.isin(used)]
     in_case = missing.image_id.isin(dataset.ids.ravel())
     found, expected = ([reason[known] for known in in_case] for reason in _REASONS)
     missing = missing[['image_id', 'path']]

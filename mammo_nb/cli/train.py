@@ -64,8 +64,20 @@ def name_options(
         found = f'{" ".join(texts)} ({type(e).__name__}: {e})'
         raise InputError(' or '.join(given), 'options', found, 'values that fit this system') from e
 
+_PYTHON_ONLY = ('moms', 'opt_func', 'metrics', 'cbs', 'splitter', 'loss_func') # no text
+
+def _check_options(option, values):
+    "Refuse what only the training would notice"
+    for name, value in values.items():
+        if name in ('lr', 'wd'): check_range(value, 0, None, option, name)
+        if name == 'num_workers': check_range(value, 0, None, option, name, whole=True)
+        if name in _PYTHON_ONLY:
+            raise InputError(option, name, repr(value), 'no text: this option is for Python')
+
 def _make_learner(system, prepared, folder, seed, loader_options, learner_options):
     "A learner of a system, from the options of a command"
+    _check_options('--data', loader_options)
+    _check_options('--set', learner_options)
     given = {'--data': loader_options}
     with name_options(given):
         dls = system.loaders(prepared, seed=seed, **loader_options)

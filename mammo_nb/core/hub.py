@@ -72,6 +72,17 @@ def is_plain(
 # %% ../../nbs/core/11_hub.ipynb #e65811d4
 MODELS = {} # name of a class -> class, for all models that can be loaded
 
+def _name_args(parameters, args, kwargs):
+    "(arguments by name, the name of `*args` if some went there)"
+    names, rest = [], []
+    for p in parameters.values():
+        if p.kind is p.POSITIONAL_OR_KEYWORD: names.append(p.name)
+        if p.kind is p.VAR_POSITIONAL: rest.append(p.name)
+    names = names[1:] # without `self`
+    if len(args) <= len(names): rest = []
+    given = dict(zip(names, args))
+    return given | kwargs, rest
+
 class HubModel(nn.Module, PyTorchModelHubMixin):
     "A model that is saved, shared and loaded as a folder"
     system = None # name of the system that the model belongs to
@@ -81,13 +92,12 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         MODELS[cls.__name__] = cls
 
     def __new__(cls, *args, **kwargs):
-        _, *names = cls._hub_mixin_init_parameters
-        given = dict(zip(names, args)) | kwargs
+        given, rest = _name_args(cls._hub_mixin_init_parameters, args, kwargs)
         given = {name: plain_values(value) for name, value in given.items()}
         self = super().__new__(cls, **given)
         modules = [name for name, value in given.items() if isinstance(value, nn.Module)]
         self.module_args = tuple(modules)
-        self.lost_args = {} # name -> type of an argument that a file cannot hold
+        self.lost_args = dict.fromkeys(rest, 'tuple') # name -> type of what a file cannot hold
         for name, value in given.items():
             is_kept = is_plain(value) and name != 'config' # the mixin spreads a `config`
             if not is_kept and name not in modules: self.lost_args[name] = type(value).__name__

@@ -6,6 +6,7 @@
 __all__ = ['VARIANTS', 'mammonet_learner', 'attention_maps', 'choose_weights']
 
 # %% ../../nbs/learners/30_mammonet.ipynb #fdc6cce4
+from inspect import signature
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -18,13 +19,14 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 from ..core.describe import describe_value
 from ..core.errors import InputError, check_in, check_range
-from ..core.files import atomic_path, file_sha256, text_sha256
+from ..core.files import atomic_path, text_sha256
 from ..core.progress import progress_bar
 from ..core.seeding import seed_everything
 from .fit_health import FitHealth
 from .keep_best import unwrap_model
 from .outputs import SelectOutput, auc_metric
 from .resume import training_callbacks
+from .run_config import gaze_checksum, image_checksum
 from .systems import System, predict, register
 from ..cohort.leaks import select_split
 from mammo_nb.learners.two_view import (
@@ -39,7 +41,7 @@ from mammo_nb.preparation.prepared_cohort import (
     PreparedCohort, check_preparation, check_prepared
 )
 from ..samples.loaders import prediction_dl
-from ..samples.two_view import VIEW_NAMES, labelled_rows, two_view_dls
+from ..samples.two_view import TwoViewDataset, VIEW_NAMES, labelled_rows, two_view_dls
 
 # %% ../../nbs/learners/30_mammonet.ipynb #335c941f
 VARIANTS = dict( # name -> what it has beside the label of both views
@@ -277,21 +279,23 @@ def _write_rows(rows, path):
     with atomic_path(path) as part: table.to_csv(part, index=False)
 
 # %% ../../nbs/learners/30_mammonet.ipynb #b9ffe5b2
-def _gaze_checksums(prepared, image_ids):
-    "Checksums of the gaze files of some images"
-    images = prepared.cohort.images
-    if 'gaze_path' not in images: return []
-    paths = images.gaze_path[images.image_id.isin(image_ids)].dropna().unique()
-    files = [prepared.cohort.file(path) for path in sorted(paths)]
-    return [file_sha256(file) for file in files if file.is_file()]
+_WITHOUT_EFFECT = ('num_workers', 'in_memory', 'device') # loader arguments that change no result
+
+def _loader_settings(loader_args):
+    "The arguments of `two_view_dls` that can change a result, with its defaults"
+    parameters = signature(two_view_dls).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    settings = defaults | loader_args
+    return {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
 
 def _settings_hash(prepared, tables, loader_args):
     "A name for folds of patients, with their labels, images and gaze, and for settings of loaders"
-    columns = [f'image_id_{view}' for view in VIEW_NAMES]
-    image_ids = sorted(set(tables[0][columns].to_numpy().ravel()) & set(prepared.keys))
-    parts = [describe_value(loader_args), prepared.config.text]
-    parts += [(image_id, prepared.keys[image_id]) for image_id in image_ids]
-    if loader_args.get('gaze'): parts += _gaze_checksums(prepared, image_ids)
+    dataset = TwoViewDataset(prepared, tables[0], in_memory=False)
+    if loader_args.get('gaze') and 'gaze_path' in prepared.cohort.images:
+        files = prepared.cohort.images.dropna(subset='gaze_path').image_id
+        dataset.gaze_maps = dict.fromkeys(set(dataset.ids.ravel()) & set(files))
+    settings = describe_value(_loader_settings(loader_args))
+    parts = [settings, prepared.config.text, image_checksum(dataset), gaze_checksum(dataset)]
     parts += [table.to_csv(index=False) for table in tables]
     return text_sha256(repr(parts), 12)
 
