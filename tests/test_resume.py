@@ -1,5 +1,5 @@
 """Trainings that are killed and started again, the best epoch, averaged weights, warm-up: on a toy learner with two optimizers."""
-import os, pickle, re, shutil, signal, subprocess, sys, textwrap, time
+import copy, os, pickle, re, shutil, signal, subprocess, sys, textwrap, time
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from processes import Elsewhere
@@ -14,7 +14,9 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.metrics import mse
 from fastai.optimizer import Adam, OptimWrapper
+from fastai.vision.augment import RandTransform
 from fasttransform import ItemTransform
+from torchvision.transforms.v2 import RandomRotation
 from mammo_nb.cohort.cohort import Cohort
 from mammo_nb.core.describe import describe_value
 from mammo_nb.core.errors import InputError
@@ -27,7 +29,7 @@ from mammo_nb.learners.mammonet import mammonet_learner
 from mammo_nb.learners.resume import ResumeTraining, read_checkpoint
 from mammo_nb.learners.risk import density_learner, lmvnet_learner
 from mammo_nb.learners.run_config import (
-    callback_config, compare_runs, data_config, dataset_config, flatten_config, frozen_weights,
+    callback_config, compare_runs, data_config, dataset_config, flatten_config, flow_pairs, flow_summary, frozen_weights,
     named_callbacks, optimizer_config, run_config_of, schedule_config
 )
 from mammo_nb.learners.training_state import (
@@ -344,9 +346,9 @@ def test_hostile_and_foreign_files_are_refused(tmp_path, monkeypatch):
 def test_older_formats_are_refused(tmp_path):
     fit(line_learner([ResumeTraining(tmp_path)]), 1)
     saved = read_checkpoint(tmp_path/'checkpoint.pt')
-    for version in (None, 1, 2, 3):
+    for version in (None, 1, 2, 3, 4):
         torch.save(saved | dict(format=version), tmp_path/'checkpoint.pt')
-        with pytest.raises(InputError, match=f'format: found {version}, expected 4; delete the file'): fit(line_learner([ResumeTraining(tmp_path)]), 1)
+        with pytest.raises(InputError, match=f'format: found {version}, expected 5; delete the file'): fit(line_learner([ResumeTraining(tmp_path)]), 1)
 
 # the run configuration
 
@@ -593,6 +595,20 @@ def test_other_pixels_of_a_system_that_says_nothing(images, places, tmp_path):
     begin(grey(images, tmp_path))
     with pytest.raises(InputError, match='data.description.prepare.size'): fit(grey(prepare(places/'files', places/'cache', (32, 24)), tmp_path), 2)
 
+@pytest.mark.parametrize('change', ['reversed', 'exchanged', 'one more'])
+def test_changes_of_few_flows_are_seen(change):
+    "Only every twelfth of 96 flows was looked at, and nobody counted them"
+    g = torch.Generator().manual_seed(0)
+    flows = {(f'{k:02}', 'prior'): torch.randn(2, 1, 1, generator=g).expand(2, 8, 6) for k in range(96)}
+    first, second = ('01', 'prior'), ('02', 'prior')
+    other = dict(flows)
+    if change == 'reversed': other[first] = -flows[first]
+    if change == 'exchanged': other |= {first: flows[second], second: flows[first]}
+    if change == 'one more': other['96', 'prior'] = torch.zeros(2, 8, 6)
+    named = [{'data.train.flows': flow_summary(o), 'pairs': flow_pairs(o)} for o in (flows, other)]
+    assert compare_runs(*named)
+    assert not compare_runs(named[0], {'data.train.flows': flow_summary({k: 1.001*v for k, v in flows.items()}), 'pairs': flow_pairs(flows)})
+
 def test_flows_may_move_in_their_last_digits(images, tmp_path):
     begin(moved(images, tmp_path, by=2.))
     fit(moved(images, tmp_path, by=2.005), 2)
@@ -647,6 +663,51 @@ def test_values_that_differ_have_other_descriptions():
     descriptions = [describe_value(value) for value in values]
     assert len({repr(text) for text in descriptions}) == len(values)
     assert all(isinstance(text, (str, int)) or text is None for text in descriptions)
+
+class Slots:
+    __slots__ = 'share', 'more'
+    def __init__(self, share): self.share = share
+
+def with_member(**members): return type('Strengths', (Noise,), dict(members, __module__=__name__, __qualname__='Strengths'))(.1)
+
+@pytest.mark.parametrize('a, b', [
+    (nn.Dropout(.1), nn.Dropout(.5)), (RandomRotation(5), RandomRotation(45)), (nn.Sequential(nn.Dropout(.1)), nn.Sequential(nn.Dropout(.2))),
+    (with_member(strengths=[.1, .2]), with_member(strengths=[.5, .9])), (with_member(kernel=np.zeros(2)), with_member(kernel=np.ones(2))),
+    (pd.Timestamp('2020-01-01'), pd.Timestamp('2021-01-01')), (pd.Timedelta(1), pd.Timedelta(2)), (Slots(1), Slots(2))])
+def test_settings_of_every_kind_are_seen(a, b):
+    "Modules without weights, lists of a class, dates and slots were all equal"
+    assert describe_value(a) != describe_value(b)
+    assert describe_value(a) == describe_value(copy.deepcopy(a))
+
+def test_the_state_of_a_transform_is_no_setting():
+    "fastai's transforms keep what they drew last, and generators show their address"
+    class Shift(RandTransform):
+        def __init__(self):
+            super().__init__(p=.5)
+            self.rng = np.random.default_rng(0)
+    shift = Shift()
+    before = describe_value(shift)
+    shift.do = not shift.do
+    assert describe_value(shift) == before == describe_value(Shift()) and ' at 0x' not in before
+
+def test_a_function_is_what_it_does():
+    "Its docstring, and globals that share a name with an attribute, changed it"
+    def make(text, **more):
+        names = dict(more)
+        exec(text, names)
+        return describe_value(names['cut'])
+    plain = make("def cut(gaze):\n    'one'\n    return gaze.head(9)")
+    assert make("def cut(gaze):\n    'another'\n    return gaze.head(9)") == plain
+    assert make("def cut(gaze):\n    'one'\n    return gaze.head(9)", head=5) == plain
+    assert make("def cut(gaze):\n    'one'\n    return gaze.head(8)") != plain
+    assert make('def cut(gaze): return gaze[:n[0]]', n=(1,)) != make('def cut(gaze): return gaze[:n[0]]', n=(2,))
+
+def test_images_in_memory_or_not_are_the_same(images):
+    "A dataset inside another one was described by its tensors"
+    class Wrapped(list):
+        def __init__(self, base): self.base, self.rows = base, base.rows
+    one, other = (Wrapped(two_view_dls(images, in_memory=m, **LOADERS).train_ds) for m in (True, False))
+    assert dataset_config(one) == dataset_config(other)
 
 def test_a_class_of_the_same_name_with_other_code_is_another_one():
     def make(factor):

@@ -23,7 +23,7 @@ from mammo_nb.learners.training_state import (
 )
 
 # %% ../../nbs/learners/08_resume.ipynb #735138d0
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 CHECKPOINT_KEYS = {
     'format', 'run', 'done', 'stopped', 'train_iter', 'model', 'gradients', 'optimizer',
     'generators', 'callbacks', 'recorder', 'smooth_loss'}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURED', 'FASTAI_SETTINGS', 'plain_value', 'flatten_config', 'compare_runs', 'optimizer_config', 'schedule_config',
            'callback_settings', 'named_callbacks', 'callback_config', 'frozen_weights', 'image_checksum',
-           'gaze_checksum', 'flow_summary', 'dataset_config', 'data_config', 'run_config_of']
+           'gaze_checksum', 'flow_summary', 'flow_pairs', 'dataset_config', 'data_config', 'run_config_of']
 
 # %% ../../nbs/learners/06_run_config.ipynb #887592a6
 from collections import Counter
@@ -25,7 +25,9 @@ from ..core.files import file_sha256, text_sha256
 from ..core.hub import tensors_sha256
 from .keep_best import unwrap_model
 from ..models.freezing import is_frozen
+from ..preparation.cache import code_version
 from ..preparation.prepared_cohort import PreparedCohort
+from ..samples.dataset import ImageStore, SampleDataset
 
 # %% ../../nbs/learners/06_run_config.ipynb #e15c6d75
 def plain_value(
@@ -199,25 +201,40 @@ def gaze_checksum(
     return text_sha256(describe_value(parts), 12)
 
 # %% ../../nbs/learners/06_run_config.ipynb #5d0c8a19
+def _quarters(flow):
+    "Mean motion in the four quarters of a flow, rows and columns: [8]"
+    means = []
+    for half in flow.float().chunk(2, 1):
+        for quarter in half.chunk(2, 2): means.append(quarter.mean((1, 2)))
+    return torch.cat(means)
+
 def flow_summary(
     flows:dict|None # (current, prior image id) -> flow [2,h,w]; `None`: no flows
-)->list: # eight numbers for each of up to eight flows, in cells
-    "Summarise flows for a run configuration"
-    keys, numbers = sorted(flows or {}), []
-    step = max(1, -(-len(keys)//8))
-    for key in keys[::step]:
-        flow = flows[key].float()
-        h, w = flow.shape[1:]
-        cells = flow[:, h//4, w//4], flow[:, 3*h//4, w//2]
-        parts = torch.cat([flow.mean((1, 2)), flow.abs().mean((1, 2)), *cells])
-        numbers += [round(number, 4) for number in parts.tolist()]
-    return numbers
+)->list: # 20 numbers, in cells; empty: no flows
+    "Summarise all flows for a run configuration"
+    if not flows: return []
+    parts = torch.stack([_quarters(flows[key]) for key in sorted(flows)])
+    n, generator = len(parts), torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 2, (4, n, 8), generator=generator)
+    signed = (2*bits-1)*parts
+    sums = signed.sum((1, 2))/n**.5
+    numbers = torch.cat([parts.mean(0), parts.abs().mean(0), sums])
+    return [round(number, 4) for number in numbers.tolist()]
+
+def flow_pairs(
+    flows:dict|None # (current, prior image id) -> flow [2,h,w]; `None`: no flows
+)->str|None: # their number and a checksum; `None`: no flows
+    "Describe which pairs of images have a flow"
+    if not flows: return None
+    return f'{len(flows)} {text_sha256(describe_value(sorted(flows)), 12)}'
 
 # %% ../../nbs/learners/06_run_config.ipynb #5d0c8a24
 _OTHERWISE = ('prepared', 'images', 'rows', 'excluded', 'flows', 'gaze_maps', 'gaze_extent')
 
 describe_value.register(PreparedCohort, lambda prepared: describe_value(prepared.keys))
 describe_value.register(Cohort, lambda cohort: describe_value([cohort.images, cohort.findings]))
+describe_value.register(ImageStore, lambda store: None) # the images of its dataset count
+describe_value.register(SampleDataset, lambda dataset: describe_value(dataset_config(dataset)))
 
 def _short(value):
     "A long description as its beginning and a checksum"
@@ -232,6 +249,7 @@ def dataset_config(
     config['rows'] = text_sha256(dataset.rows.to_csv(index=False), 12)
     config['images'] = image_checksum(dataset)
     config['gaze_files'] = gaze_checksum(dataset)
+    config['flow_pairs'] = flow_pairs(getattr(dataset, 'flows', None))
     config['flows'] = flow_summary(getattr(dataset, 'flows', None))
     if hasattr(type(dataset), 'run_config'): return config | dict(settings=dataset.run_config())
     config['settings'] = {}
@@ -252,6 +270,7 @@ def data_config(
 )->dict: # plain values, nested
     "Describe the data of a training"
     config = dict(description=getattr(dls, 'description', None) or {})
+    if _used_images(dls.train_ds): config['preparation_code'] = code_version()
     config['train'] = dataset_config(dls.train_ds)
     config['valid'] = dataset_config(dls.valid_ds)
     config['augment'] = _transforms(dls.train)
