@@ -22,10 +22,11 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks._bench import Bench, cores, options
+from benchmarks._bench import Bench, options
 from benchmarks._trainings import prepare_insilico, recipe_folder, weights_or_train
 import mammo_nb.core.fastai_import
 from fastai.optimizer import Adam
+from mammo_nb.core.monitor import usable_cores
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.insilico.config import InSilicoConfig, settings_name
 from mammo_nb.insilico.files import insilico_cohort
@@ -149,7 +150,7 @@ def main(argv=None):
     net = trained_network(prepared, base, a.epochs)
     pairs = test_pairs(prepared, a.pairs)
     found = {
-        variant: evaluate_registration(registration, pairs, threads=cores())
+        variant: evaluate_registration(registration, pairs, threads=usable_cores())
         for variant, registration in registrations(net).items()}
     add_rows(bench, found)
 
