@@ -29,12 +29,17 @@ PRELOAD = ['nbdev.test', 'torch', 'torchvision', 'fastcore.all', 'pandas', 'pand
 
 
 def environment():
-    "The same for everyone: one thread a process, no network (.ci/offline), a fixed hash seed"
+    """The same for everyone: one thread a process, no network (.ci/offline), a fixed hash seed.
+
+    glibc gives large blocks back to the system at once and asks for them again at the next step of a training; told to keep
+    them, it saves a fifth of the time. Other systems ignore this.
+    """
+    memory = {'MALLOC_MMAP_THRESHOLD_': str(2**32), 'MALLOC_TRIM_THRESHOLD_': str(2**32), 'MALLOC_TOP_PAD_': str(2**26)}
     threads = {k: '1' for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}
     same = {'PYTHONHASHSEED': '0', 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1', 'COLUMNS': '100'}
     python_path = f'{ROOT}{os.pathsep}{ROOT/".ci/offline"}'
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}'
-    return {**os.environ, **threads, **same, 'PYTHONPATH': python_path, 'PATH': path}
+    return {**os.environ, **memory, **threads, **same, 'PYTHONPATH': python_path, 'PATH': path}
 
 
 class Peak(threading.Thread):
