@@ -81,7 +81,7 @@ def only_a_preamble(p):
 def garbage_after_the_preamble(p):
     p.write_bytes(bytes(128) + b'DICM' + np.random.default_rng(0).bytes(3000))
 
-@bad('TransferSyntaxUID (0002,0010): found 1.2.840.10008.1.2.4.100 (MPEG2', 'one of Implicit VR Little Endian')
+@bad('TransferSyntaxUID (0002,0010): found MPEG2', 'one of Implicit VR Little Endian')
 def video(p):
     relabel(write(p, X), '1.2.840.10008.1.2.4.100')
 
@@ -418,7 +418,7 @@ def lut_too_short(p):
 def lut_of_forty_bits(p):
     write(p, X, ModalityLUTSequence=lut(3, 0, 40, [1, 2, 3]))
 
-@bad('VOILUTSequence (0028,3010) LUTDescriptor (0028,3002): found (3, 0)', 'three numbers')
+@bad('VOILUTSequence (0028,3010) LUTDescriptor (0028,3002): found 2 values', 'three numbers')
 def lut_without_descriptor(p):
     item = lut(3, 0, 12, [1, 2, 3])
     item[0].LUTDescriptor = [3, 0]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from PIL import Image
-from pydicom import dcmread
+from pydicom import DataElement, dcmread
 from pydicom.dataset import Dataset
 import dicom_factory as factory
 from mammo_nb.dicom.header import read_header
 from mammo_nb.dicom.mammogram import read_mammogram, read_stored
-from mammo_nb.dicom.file import SYNTAXES
+from mammo_nb.dicom.file import DicomError, SYNTAXES
 
 LOSSY = ('baseline', 'extended', 'jpegls_near', 'j2k_lossy')
 KINDS = {
@@ -150,14 +150,34 @@ def test_a_voi_table_in_every_byte_order(name, bits, width, tmp_path):
 
 # ---- bits
 
+OVERLAYS = {f'overlay {bit}': DataElement((0x6000+2*i, 0x0102), 'US', bit) for i,bit in enumerate(range(12, 16))}
+
+def with_bits_above(x):
+    "12-bit pixels with random bits above them"
+    return x.view(np.uint16) & 0x0FFF | np.random.default_rng(0).integers(0, 16, x.shape, np.uint16) << 12
+
 @pytest.mark.parametrize('name', ['implicit', 'explicit', 'big', 'deflated', 'rle'])
 @pytest.mark.parametrize('signed', [False, True])
-def test_junk_above_the_stored_bits_is_masked(name, signed, tmp_path):
+def test_overlays_above_the_stored_bits_are_masked(name, signed, tmp_path):
     x = factory.image(bits=12, signed=signed)
-    dirty = (x.view(np.uint16) & 0x0FFF | np.random.default_rng(0).integers(0, 16, x.shape, np.uint16) << 12)
-    stored = read_stored(factory.write(tmp_path/'x.dcm', dirty, name, 12, signed))
+    stored = read_stored(factory.write(tmp_path/'x.dcm', with_bits_above(x), name, 12, signed, **OVERLAYS))
     assert np.array_equal(stored.pixels, x)
-    assert any('masked' in o for o in stored.header.notes) is not signed
+    assert any('masked' in o for o in stored.header.notes)
+
+@pytest.mark.parametrize('signed', [False, True])
+def test_an_overlay_of_its_own_bytes_explains_no_bits(signed, tmp_path):
+    data = {f'data {i}': DataElement((0x6000+2*i, 0x3000), 'OW', bytes(246)) for i in range(4)}
+    x = with_bits_above(factory.image(bits=12, signed=signed))
+    with pytest.raises(DicomError, match='values from'):
+        read_stored(factory.write(tmp_path/'x.dcm', x, bits=12, signed=signed, **OVERLAYS, **data))
+
+@pytest.mark.parametrize('name', ['explicit', 'rle', 'lossless'])
+def test_the_sign_may_be_repeated_above_the_value_or_not(name, tmp_path):
+    x = factory.image(bits=12, signed=True)
+    for cells, bits in ((x, 16), (x & 0x0FFF, 12)):
+        frame = factory.encode(cells, name, bits)
+        path = factory.write(tmp_path/'x.dcm', x, name, 12, True, frame=frame)
+        assert np.array_equal(read_stored(path).pixels, x)
 
 def test_high_bit_at_the_top(tmp_path):
     x = factory.image(bits=12)

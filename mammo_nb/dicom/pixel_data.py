@@ -72,21 +72,32 @@ def fragments(
     return parts[1:]
 
 # %% ../../nbs/dicom/06_pixel_data.ipynb #c9cf9b05
-def _open_pixels(file, expected):
-    "A stream in which the pixel element begins at `file.offset`"
-    if file.syntax != DEFLATED:
-        return BoundedReader(file.path)
+def _check_claim(file, claimed, expected):
+    "Compare the claimed length of native pixels with what the image needs"
+    if claimed not in (expected, expected + expected % 2):
+        needed = f'{expected:,} bytes (rows x columns x bytes a pixel)'
+        raise _pixel_error(file.path, f'{claimed:,} bytes', needed)
+
+def _inflate_pixels(file, expected):
+    "A deflated file as far as its pixels, after a look at what they claim"
+    with BoundedReader(inflate(file.path, file.meta_end, file.offset + 12)) as start:
+        start.seek(file.offset)
+        _check_claim(file, _read_element_header(file, start)[1], expected)
     coded = file.path.stat().st_size - file.meta_end
     if expected > LARGE_FRAME and expected > coded*MAX_RATIO:
         bound = f'at least {expected//MAX_RATIO:,} bytes for {expected:,} bytes of pixels'
         raise DicomError(file.path, 'deflated data set', f'{coded:,} bytes', bound)
-    return BoundedReader(inflate(file.path, file.meta_end, file.offset + 12 + expected + 2))
+    return inflate(file.path, file.meta_end, file.offset + 12 + expected + 2)
+
+# %% ../../nbs/dicom/06_pixel_data.ipynb #eaed5ecc
+def _open_pixels(file, expected):
+    "A stream in which the pixel element begins at `file.offset`"
+    deflated = file.syntax == DEFLATED
+    return BoundedReader(_inflate_pixels(file, expected) if deflated else file.path)
 
 def _check_native(file, claimed, left, expected):
     "Compare the claimed length of native pixels with what the image needs and the file has"
-    if claimed not in (expected, expected + expected % 2):
-        needed = f'{expected:,} bytes (rows x columns x bytes a pixel)'
-        raise _pixel_error(file.path, f'{claimed:,} bytes', needed)
+    _check_claim(file, claimed, expected)
     if left < claimed:
         found = f'{left:,} bytes, then the end of the file'
         raise _pixel_error(file.path, found, f'{claimed:,} bytes')

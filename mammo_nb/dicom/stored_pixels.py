@@ -110,13 +110,20 @@ def _read_bits(ds, where):
     return allocated, stored, high
 
 # %% ../../nbs/dicom/20_stored_pixels.ipynb #d98f21d7
+def _bit_position(ds, group):
+    "OverlayBitPosition of a group of overlays, -1 if there is none that can be read"
+    element = ds.get_item((group, 0x0102))
+    value = getattr(element, 'value', None)
+    if isinstance(value, bytes) and len(value) == 2: # not yet converted by pydicom
+        return int.from_bytes(value, 'little' if element.is_little_endian else 'big')
+    return value if isinstance(value, int) else -1
+
 def _read_overlay_bits(ds, bits_allocated):
     "The bits of a cell in which overlays are stored (PS3.3 C.9.2, retired), as a mask"
     mask = 0
     for group in range(0x6000, 0x6020, 2):
-        position, data = ds.get((group, 0x0102)), ds.get((group, 0x3000))
-        position = getattr(position, 'value', None)
-        if data is None and isinstance(position, int) and 0 <= position < bits_allocated:
+        position = _bit_position(ds, group)
+        if 0 <= position < bits_allocated and (group, 0x3000) not in ds:
             mask |= 1 << position
     return mask
 
