@@ -48,8 +48,7 @@ def _check_claims(head, syntax, rows, columns, bits_allocated, where):
 # %% ../../nbs/dicom/12_decode.ipynb #5dc50227
 def _check_samples(head, bits, signed, where):
     "Compare precision and sign of a frame with the elements of the data set"
-    by_largest = head.kind == 'jpegls' and head.bits > 8 and not signed
-    if head.bits < bits and not by_largest:
+    if head.bits < bits:
         names = f'{tag_name("BitsStored")} and {tag_name("HighBit")}'
         raise frame_error(where, f'{head.bits} bits a pixel', f'{bits}, as {names} say')
     signs = {'j2k': (head.signed,), 'baseline': (False,), 'extended': (False,)}

@@ -7,7 +7,8 @@ __all__ = ['IMPLICIT', 'EXPLICIT', 'BIG_ENDIAN', 'DEFLATED', 'SYNTAXES', 'MAX_PA
            'read_items', 'BoundedReader', 'inflate', 'DicomFile', 'open_dicom']
 
 # %% ../../nbs/dicom/05_file.ipynb #12391d0f
-import io, warnings, zlib
+import io, logging, warnings, zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pydicom.datadict import dictionary_VR, tag_for_keyword
@@ -44,6 +45,19 @@ def tag_name(
     return f'{keyword} ({tag>>16:04X},{tag&0xFFFF:04X})'
 
 # %% ../../nbs/dicom/05_file.ipynb #f7d77ac3
+@contextmanager
+def _silent_pydicom():
+    "Neither warnings nor log entries of pydicom: they quote values, and a value may be a name"
+    logger = logging.getLogger('pydicom')
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.disabled = disabled
+
+# %% ../../nbs/dicom/05_file.ipynb #db072e95
 _MAX_VALUE, _MAX_TABLE = 1 << 16, 1 << 18 # bytes of a value that is converted; of a table
 
 def _check_raw(ds, keyword):
@@ -90,8 +104,7 @@ def read_value(
     "Read the value of one element, or raise a `DicomError` that names its tag"
     kind = {int:'a whole number', float:'a number', str:'text'}.get(cast, 'a value')
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # they quote values, and a value may be a name
+        with _silent_pydicom():
             value = _cast_value(ds, keyword, cast)
     except Exception as e:
         found = f'a value that cannot be read ({type(e).__name__})'
@@ -139,7 +152,7 @@ SYNTAXES = {
 }
 
 # %% ../../nbs/dicom/05_file.ipynb #34649ec7
-MAX_PARTS = 50_000 # elements and items of a file that are read
+MAX_PARTS = 20_000 # elements and items of a file that are read
 _MAX_CHARSETS = 1 << 16 # bytes of their names, all together
 _CHARSET_TAGS = (b'\x08\0\5\0', b'\0\x08\0\5') # little and big endian
 
@@ -215,8 +228,7 @@ _LAYOUT = 'elements as PS3.5 lays them out'
 def _read_elements(path, stream, implicit, little, stop, what):
     "Read elements from `stream` until `stop(tag)`; single broken values are left to `read_value`"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
+        with _silent_pydicom():
             ds = read_dataset(stream, implicit, little, stop_when=lambda tag, vr, n: stop(tag))
     except Exception as e:
         found = stream.excess or f'{type(e).__name__} at byte {stream.tell():,}'

@@ -144,7 +144,7 @@ def _add_remarks(tags, notes):
     notes += [text for (keyword, value), text in _REMARKS.items() if tags.get(keyword) == value]
     kinds = tags.get('ImageType', ())
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if any('2D' in kind or 'TOMO' in kind for kind in kinds):
+    if any('2D' in kind or 'TOMO' in kind for kind in map(str, kinds)):
         notes.append('synthetic: computed from tomosynthesis')
 
 # %% ../../nbs/dicom/24_header.ipynb #9e62c593

@@ -36,7 +36,7 @@ def _read_element_header(file, stream):
 
 # %% ../../nbs/dicom/06_pixel_data.ipynb #07c9afbe
 _ITEM, _DELIMITER = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
-_MAX_FRAGMENTS = 1 << 16
+_MAX_FRAGMENTS = 1 << 14
 
 def _next_fragment(view, at, where):
     "Bytes of the item at position `at`, `None` at the delimiter"

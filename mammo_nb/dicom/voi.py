@@ -48,11 +48,13 @@ class Window:
 # %% ../../nbs/dicom/15_voi.ipynb #73a0baf9
 LARGEST = 1e9 # of a modality value, and of its scale; the inverse is the smallest width and scale
 
-def _check_function(function, where):
-    "Refuse a function that is not in the standard"
-    if function not in FUNCTIONS:
+def _read_function(ds, where):
+    "The function of the windows, one of `FUNCTIONS`"
+    text = read_value(ds, 'VOILUTFunction', where, str) or 'LINEAR'
+    if text.upper() not in FUNCTIONS:
         expected = f'one of {", ".join(FUNCTIONS)}'
-        raise DicomError(where, tag_name('VOILUTFunction'), quote_text(function), expected)
+        raise DicomError(where, tag_name('VOILUTFunction'), quote_text(text), expected)
+    return text.upper()
 
 def _check_windows(centers, widths, function, where):
     "Refuse windows that map nothing"
@@ -80,8 +82,7 @@ def read_windows(
     options = dict(required=True, many=True)
     centers = read_value(ds, 'WindowCenter', where, float, **options)
     widths = read_value(ds, 'WindowWidth', where, float, **options)
-    function = (read_value(ds, 'VOILUTFunction', where, str) or 'LINEAR').upper()
-    _check_function(function, where)
+    function = _read_function(ds, where)
     _check_windows(centers, widths, function, where)
     names = read_value(ds, 'WindowCenterWidthExplanation', where, str, many=True) or ()
     names = [name if is_plain_text(name) else '' for name in names]
