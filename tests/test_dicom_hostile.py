@@ -467,7 +467,7 @@ def items(tag, n):
     head = struct.pack('<HH2sHI', *tag, b'SQ', 0, 0xFFFFFFFF)
     return head + struct.pack('<HHI', 0xFFFE, 0xE000, 0)*n + struct.pack('<HHI', 0xFFFE, 0xE0DD, 0)
 
-PARTS = ('data set: found more than 20,000 elements and items', 'as PS3.5 lays them out')
+PARTS = ('data set: found more than 16,000 elements and items', 'as PS3.5 lays them out')
 CHARSETS = struct.pack('<HH2sHI', 8, 5, b'UT', 0, 3_000_000) + b'A\\'*1_500_000
 BAD['empty_items'] = header_with(items((0x54, 0x220), 100_000)), PARTS
 BAD['deflated_items'] = header_with(items((0x54, 0x220), 450_000), deflated=True), PARTS

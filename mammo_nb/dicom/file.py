@@ -108,7 +108,7 @@ def read_value(
             value = _cast_value(ds, keyword, cast)
     except Exception as e:
         found = f'a value that cannot be read ({type(e).__name__})'
-        raise DicomError(where, tag_name(keyword), found, kind) from None # its text quotes the value
+        raise DicomError(where, tag_name(keyword), found, kind) from None # its text has the value
     if value is None and required:
         raise DicomError(where, tag_name(keyword), 'nothing', kind)
     if value is None or many or not cast:
@@ -152,12 +152,12 @@ SYNTAXES = {
 }
 
 # %% ../../nbs/dicom/05_file.ipynb #34649ec7
-MAX_PARTS = 20_000 # elements and items of a file that are read
+MAX_PARTS = 16_000 # elements and items of a file that are read
 _MAX_CHARSETS = 1 << 16 # bytes of their names, all together
 _CHARSET_TAGS = (b'\x08\0\5\0', b'\0\x08\0\5') # little and big endian
 
 class BoundedReader(io.BufferedReader):
-    "A file opened for reading that gives no more bytes than it has, and these in a limited number of parts"
+    "A file that gives no more bytes than it has left, and those in `MAX_PARTS` parts at most"
     def __init__(self,
         source:str|Path|bytes # an existing file, or its content
     ):

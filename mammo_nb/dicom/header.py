@@ -67,6 +67,7 @@ def _may_be_value(element, name):
     fits = is_code if vr == 'CS' else is_plain_text
     return all(map(fits, texts))
 
+# %% ../../nbs/dicom/24_header.ipynb #c67e9ee5
 def select_elements(
     ds:Dataset, # elements of the file
     names:tuple, # keywords, all in `TAGS` or `IDENTITY`

@@ -119,7 +119,8 @@ def _read_descriptor(item, signed, keyword, where):
     descriptor = read_value(item, 'LUTDescriptor', where, int, many=True)
     if descriptor is None or len(descriptor) != 3:
         n_values = len(descriptor or ())
-        raise DicomError(where, name, f'{n_values} values', 'three numbers: entries, first input, bits')
+        expected = 'three numbers: entries, first input, bits'
+        raise DicomError(where, name, f'{n_values} values', expected)
     entries, first, bits = descriptor
     if not 1 <= bits <= 16:
         raise DicomError(where, name, f'{bits} bits', '1 to 16 bits')

@@ -43,6 +43,7 @@ def _grey_values(image, path):
         raise InputError(path, 'image', 'a palette of colours', '8 or 16 bits of grey')
     return red
 
+# %% ../../nbs/preparation/20_cache.ipynb #be4bf4bc
 def _read_grey_file(path):
     "[H,W] uint8 or uint16 of a PNG, PGM or TIFF file"
     from PIL import Image

@@ -98,11 +98,13 @@ def _white_value(pixels, where):
 def _used_range(pixels):
     "The map of the values that occur to [0,1] as a straight line, and as a function"
     low, high = float(pixels.min()), float(pixels.max())
-    scale = 1/(high-low) if high > low else 0.
+    slope = 1/max(high-low, 1e-9) # all equal: black
     def unit(values):
-        grey = (np.asarray(values, np.float32) - np.float32(low))*np.float32(scale)
+        grey = np.subtract(values, low, dtype=np.float32)
+        grey *= np.float32(slope)
         return np.clip(grey, 0, 1)
-    return (scale, -low*scale), unit, (low, high)
+    line = slope, -low*slope
+    return line, unit, (low, high)
 
 # %% ../../nbs/preparation/10_prepare.ipynb #5122c65a
 def _array_source(image, where, intensity):
