@@ -10,7 +10,7 @@ from mammo_nb.core.errors import InputError
 from mammo_nb.dicom.file import DicomError
 from mammo_nb.dicom.grey_levels import Transfer, read_transfer
 from mammo_nb.dicom.mammogram import read_mammogram, read_stored
-from mammo_nb.dicom.voi import Lut, Window, choose_voi, read_lut, read_vois, read_windows
+from mammo_nb.dicom.voi import LARGEST, Lut, Window, choose_voi, read_lut, read_vois, read_windows
 
 def table(first, values, bits):
     item = Dataset()
@@ -262,3 +262,44 @@ def test_a_slope_of_zero():
     with pytest.raises(DicomError) as e:
         read_transfer(ds, 12, False, 'x.dcm')
     assert 'x.dcm: RescaleSlope (0028,1053): found 0.0, expected a finite number, not 0' in str(e.value)
+
+# ---- nothing leaves [0,1]
+
+@pytest.mark.parametrize('bits, words', [
+    (10, 'VOILUTSequence (0028,3010) LUTData (0028,3006): found outputs up to 4095, expected at most 1023: 10 bits'),
+    (11, 'expected at most 2047: 11 bits, as LUTDescriptor (0028,3002) says'),
+])
+def test_a_table_above_its_bits(bits, words, tmp_path):
+    path = factory.write(tmp_path/'x.dcm', factory.image(), VOILUTSequence=table(0, CURVE, bits))
+    with pytest.raises(DicomError) as e:
+        read_mammogram(path)
+    assert words in str(e.value)
+
+@pytest.mark.parametrize('tags, words', [
+    (dict(WindowCenter=0, WindowWidth='1e308'), 'WindowWidth (0028,1051): found 1e+308'),
+    (dict(WindowCenter='-1e308', WindowWidth=10), 'WindowCenter (0028,1050): found -1e+308'),
+    (dict(WindowCenter=0, WindowWidth='1e-300', VOILUTFunction='LINEAR_EXACT'), 'WindowWidth (0028,1051): found 1e-300'),
+    (dict(RescaleSlope='1e308'), 'RescaleSlope (0028,1053): found 1e+308'),
+    (dict(RescaleSlope='1e-320'), 'RescaleSlope (0028,1053): found 1e-320'),
+    (dict(RescaleIntercept='1e300'), 'RescaleIntercept (0028,1052): found 1e+300'),
+])
+def test_numbers_beyond_arithmetic(tags, words, tmp_path):
+    with pytest.raises(DicomError) as e:
+        read_mammogram(factory.write(tmp_path/'x.dcm', factory.image(), **tags))
+    assert words in str(e.value)
+
+ENDS = (-LARGEST, -4095, -1/LARGEST, 0, 1/LARGEST, 2000.5, LARGEST)
+
+@pytest.mark.parametrize('function', ['LINEAR', 'LINEAR_EXACT', 'SIGMOID'])
+@pytest.mark.parametrize('slope', [-LARGEST, -1., 1/LARGEST, 1., LARGEST])
+@pytest.mark.filterwarnings('error')
+def test_every_accepted_window_stays_in_range(function, slope):
+    "At the ends of what is accepted, and for values between whole numbers"
+    values = (np.arange(4096, dtype=np.uint16), np.linspace(0, 4095, 999, dtype=np.float32))
+    widths = [w for w in (1/LARGEST, .5, 1, 1+1e-9, 300, LARGEST) if w >= 1 or function != 'LINEAR']
+    for center, intercept in ((c, i) for c in ENDS for i in ENDS):
+        for width in widths:
+            chain = Transfer((0, 4095), slope, intercept, voi=Window(center, width, function))
+            for x in values:
+                grey = chain.to_unit(x)
+                assert grey.min() >= 0 and grey.max() <= 1, (center, width, intercept) # also refuses NaN

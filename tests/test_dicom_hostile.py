@@ -81,7 +81,7 @@ def only_a_preamble(p):
 def garbage_after_the_preamble(p):
     p.write_bytes(bytes(128) + b'DICM' + np.random.default_rng(0).bytes(3000))
 
-@bad('TransferSyntaxUID (0002,0010): found 1.2.840.10008.1.2.4.100 (MPEG2', 'one of Implicit VR Little Endian')
+@bad('TransferSyntaxUID (0002,0010): found MPEG2', 'one of Implicit VR Little Endian')
 def video(p):
     relabel(write(p, X), '1.2.840.10008.1.2.4.100')
 
@@ -418,7 +418,7 @@ def lut_too_short(p):
 def lut_of_forty_bits(p):
     write(p, X, ModalityLUTSequence=lut(3, 0, 40, [1, 2, 3]))
 
-@bad('VOILUTSequence (0028,3010) LUTDescriptor (0028,3002): found (3, 0)', 'three numbers')
+@bad('VOILUTSequence (0028,3010) LUTDescriptor (0028,3002): found 2 values', 'three numbers')
 def lut_without_descriptor(p):
     item = lut(3, 0, 12, [1, 2, 3])
     item[0].LUTDescriptor = [3, 0]
@@ -447,6 +447,53 @@ def a_thousand_sequences(p):
     at = data.index(b'\x08\x00\x16\x00UI')
     sequence = struct.pack('<HH2sHI', 8, 0x1140, b'SQ', 0, 0xFFFFFFFF) + struct.pack('<HHI', 0xFFFE, 0xE000, 0xFFFFFFFF)
     p.write_bytes(data[:at] + sequence*3000 + data[at:])
+
+def header_with(element, name='explicit', deflated=False):
+    "A file with one more element before its pixels"
+    def make(p):
+        data = write(p, X, 'deflated' if deflated else name).read_bytes()
+        if not deflated:
+            at = before_pixels(p)
+            return p.write_bytes(data[:at] + element + data[at:])
+        at = 144 + struct.unpack('<I', data[140:144])[0]
+        body = zlib.decompress(data[at:], -15)
+        end = body.rindex(b'\xe0\x7f\x10\x00')
+        z = zlib.compressobj(9, wbits=-15)
+        p.write_bytes(data[:at] + z.compress(body[:end] + element + body[end:]) + z.flush())
+    return make
+
+def items(tag, n):
+    "A sequence of empty items, of undefined length"
+    head = struct.pack('<HH2sHI', *tag, b'SQ', 0, 0xFFFFFFFF)
+    return head + struct.pack('<HHI', 0xFFFE, 0xE000, 0)*n + struct.pack('<HHI', 0xFFFE, 0xE0DD, 0)
+
+PARTS = ('data set: found more than 16,000 elements and items', 'as PS3.5 lays them out')
+CHARSETS = struct.pack('<HH2sHI', 8, 5, b'UT', 0, 3_000_000) + b'A\\'*1_500_000
+BAD['empty_items'] = header_with(items((0x54, 0x220), 100_000)), PARTS
+BAD['deflated_items'] = header_with(items((0x54, 0x220), 450_000), deflated=True), PARTS
+BAD['deflated_elements'] = header_with(struct.pack('<HH2sH', 0x54, 9, b'UI', 0)*450_000, deflated=True), PARTS
+BAD['character_sets'] = header_with(CHARSETS, deflated=True), ('bytes of character sets',)
+BAD['items_of_a_table'] = (header_with(struct.pack('<HH2sHI', 0x28, 0x3010, b'SQ', 0, 800_000)
+                                       + struct.pack('<HHI', 0xFFFE, 0xE000, 0)*100_000),
+                           ('VOILUTSequence (0028,3010): found a value that cannot be read',))
+
+@bad('PixelData (7FE0,0010)', 'more than 16,384 fragments')
+def empty_fragments(p):
+    write(p, X, 'rle')
+    data, at = p.read_bytes(), before_pixels(p) + 12
+    p.write_bytes(data[:at] + struct.pack('<HHI', 0xFFFE, 0xE000, 0)*100_000 + data[at:])
+
+@bad('deflated data set', 'at least 511,838 bytes for 255,919,344 bytes of pixels')
+def deflated_pixels(p):
+    "A quarter of a gigabyte of black pixels in as many kilobytes"
+    sized('explicit', 16284, 7858)(p)
+    relabel(p, '1.2.840.10008.1.2.1.99')
+    data, end = p.read_bytes(), before_pixels(p)
+    start = 144 + struct.unpack('<I', data[140:144])[0]
+    z = zlib.compressobj(9, wbits=-15)
+    head = data[start:end] + b'\xe0\x7f\x10\x00OW\0\0' + struct.pack('<I', 255919344)
+    body = [z.compress(head)] + [z.compress(bytes(1 << 20)) for _ in range(245)]
+    p.write_bytes(data[:start] + b''.join(body) + z.flush())
 
 # ---- all of them
 

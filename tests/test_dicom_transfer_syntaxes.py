@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from PIL import Image
-from pydicom import dcmread
+from pydicom import DataElement, dcmread
 from pydicom.dataset import Dataset
 import dicom_factory as factory
 from mammo_nb.dicom.header import read_header
 from mammo_nb.dicom.mammogram import read_mammogram, read_stored
-from mammo_nb.dicom.file import SYNTAXES
+from mammo_nb.dicom.file import DicomError, SYNTAXES
 
 LOSSY = ('baseline', 'extended', 'jpegls_near', 'j2k_lossy')
 KINDS = {
@@ -150,14 +150,34 @@ def test_a_voi_table_in_every_byte_order(name, bits, width, tmp_path):
 
 # ---- bits
 
+OVERLAYS = {f'overlay {bit}': DataElement((0x6000+2*i, 0x0102), 'US', bit) for i,bit in enumerate(range(12, 16))}
+
+def with_bits_above(x):
+    "12-bit pixels with random bits above them"
+    return x.view(np.uint16) & 0x0FFF | np.random.default_rng(0).integers(0, 16, x.shape, np.uint16) << 12
+
 @pytest.mark.parametrize('name', ['implicit', 'explicit', 'big', 'deflated', 'rle'])
 @pytest.mark.parametrize('signed', [False, True])
-def test_junk_above_the_stored_bits_is_masked(name, signed, tmp_path):
+def test_overlays_above_the_stored_bits_are_masked(name, signed, tmp_path):
     x = factory.image(bits=12, signed=signed)
-    dirty = (x.view(np.uint16) & 0x0FFF | np.random.default_rng(0).integers(0, 16, x.shape, np.uint16) << 12)
-    stored = read_stored(factory.write(tmp_path/'x.dcm', dirty, name, 12, signed))
+    stored = read_stored(factory.write(tmp_path/'x.dcm', with_bits_above(x), name, 12, signed, **OVERLAYS))
     assert np.array_equal(stored.pixels, x)
-    assert any('masked' in o for o in stored.header.notes) is not signed
+    assert any('masked' in o for o in stored.header.notes)
+
+@pytest.mark.parametrize('signed', [False, True])
+def test_an_overlay_of_its_own_bytes_explains_no_bits(signed, tmp_path):
+    data = {f'data {i}': DataElement((0x6000+2*i, 0x3000), 'OW', bytes(246)) for i in range(4)}
+    x = with_bits_above(factory.image(bits=12, signed=signed))
+    with pytest.raises(DicomError, match='values from'):
+        read_stored(factory.write(tmp_path/'x.dcm', x, bits=12, signed=signed, **OVERLAYS, **data))
+
+@pytest.mark.parametrize('name', ['explicit', 'rle', 'lossless'])
+def test_the_sign_may_be_repeated_above_the_value_or_not(name, tmp_path):
+    x = factory.image(bits=12, signed=True)
+    for cells, bits in ((x, 16), (x & 0x0FFF, 12)):
+        frame = factory.encode(cells, name, bits)
+        path = factory.write(tmp_path/'x.dcm', x, name, 12, True, frame=frame)
+        assert np.array_equal(read_stored(path).pixels, x)
 
 def test_high_bit_at_the_top(tmp_path):
     x = factory.image(bits=12)
@@ -215,3 +235,68 @@ def test_the_real_exams_at_quarter_size():
         assert h.pixel_spacing_mm is None
         assert np.array_equal(read_stored(p).pixels, dcmread(p).pixel_array)
     assert len(files) == 8
+
+# ---- frames that contradict their header: pixels would wrap, or be too dark
+
+PLAIN = tuple(n for n in factory.UIDS if n not in LOSSY)
+BITS = (8, 10, 12, 14, 16)
+
+def stays_hidden(name, bits, signed):
+    "Twelve signed bits in a code without a sign are those of an unsigned frame"
+    return signed and bits == 12 and name.startswith(('lossless', 'jpegls'))
+
+@pytest.mark.parametrize('signed_header', [False, True])
+@pytest.mark.parametrize('name', PLAIN)
+def test_a_frame_of_other_bits_or_sign_is_refused_or_read_right(name, signed_header, tmp_path):
+    "Frames of 8 to 16 bits, signed or not, under a header of 12"
+    like, read = factory.image(signed=signed_header), []
+    for bits, signed in ((bits, signed) for bits in BITS for signed in (False, True)):
+        if signed != signed_header and (stays_hidden(name, bits, signed) or not signed and bits <= 12):
+            continue
+        x = factory.image(bits=bits, signed=signed)
+        path = factory.write(tmp_path/'x.dcm', like, name, 12, signed_header, factory.encode(x, name, bits))
+        try:
+            pixels = read_stored(path).pixels
+        except DicomError:
+            continue
+        assert np.array_equal(pixels, x), (bits, signed)
+        read.append(bits)
+    assert 12 in read
+    assert set(read) <= {10, 12}
+
+@pytest.mark.parametrize('bits, signed, words', [
+    (8, False, 'found 8 bits a pixel, expected 12, as BitsStored (0028,0101) and HighBit (0028,0102) say'),
+    (12, True, 'found signed pixels, expected unsigned, as PixelRepresentation (0028,0103) says'),
+    (16, False, 'values from 0 to 65535, expected 12 unsigned bits, as BitsStored (0028,0101)'),
+])
+def test_what_the_error_says(bits, signed, words, tmp_path):
+    frame = factory.encode(factory.image(bits=bits, signed=signed), 'j2k', bits)
+    with pytest.raises(DicomError) as e:
+        read_stored(factory.write(tmp_path/'x.dcm', factory.image(), 'j2k', 12, frame=frame))
+    assert words in str(e.value)
+
+@pytest.mark.parametrize('name', ['jpegls', 'lossless', 'j2k', 'rle', 'explicit'])
+def test_a_frame_of_sixteen_bits_whose_values_fit(name, tmp_path):
+    "As some writers code all images"
+    x = factory.image(bits=12)
+    x[0, 0] = 0
+    frame = factory.encode(x, name, 16)
+    assert np.array_equal(read_stored(factory.write(tmp_path/'x.dcm', x, name, 12, frame=frame)).pixels, x)
+
+def test_jpegls_of_the_bits_of_its_largest_value(tmp_path):
+    "Eleven bits: the header may be wrong about the range, or the frame about the sign"
+    with pytest.raises(DicomError, match='found 11 bits a pixel, expected 12'):
+        read_stored(factory.write(tmp_path/'x.dcm', factory.image(bits=12)//3, 'jpegls'))
+
+@pytest.mark.parametrize('name', ['lossless', 'j2k'])
+def test_the_high_bit_of_a_frame(name, tmp_path):
+    "Twelve bits at the top of sixteen, in a frame that has only twelve"
+    with pytest.raises(DicomError, match='found 12 bits a pixel, expected 16'):
+        read_stored(factory.write(tmp_path/'x.dcm', factory.image(), name, HighBit=15))
+
+@pytest.mark.parametrize('name', ['baseline', 'extended'])
+def test_cosine_transform_has_no_sign(name, tmp_path):
+    bits = 8 if name == 'baseline' else 12
+    path = factory.write(tmp_path/'x.dcm', factory.image(bits=bits), name, bits, True)
+    with pytest.raises(DicomError, match='found unsigned pixels, expected signed'):
+        read_stored(path)

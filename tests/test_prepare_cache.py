@@ -316,3 +316,57 @@ def test_what_is_no_cohort_is_refused_by_name(tmp_path, what):
     with pytest.raises(InputError, match='prepare_cohort: cohort: found .* expected a Cohort, for example Cohort.read'):
         prepare_cohort(what, tmp_path/'c')
     assert not (tmp_path/'c').exists()
+
+# ---- plain images
+
+def palette_image(greys, **more):
+    "Numbers 0 to 255, and a palette with the grey values"
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert('P')
+    image.putpalette([int(grey) for grey in greys for _ in 'rgb'])
+    return image
+
+@pytest.mark.parametrize('ending', ['png', 'tif'])
+def test_a_grey_palette_is_looked_up(ending, tmp_path):
+    greys = np.random.default_rng(0).permutation(256)
+    palette_image(greys).save(tmp_path/f'x.{ending}')
+    assert np.array_equal(read_pixels(tmp_path/f'x.{ending}').ravel(), greys)
+
+def test_a_palette_of_colours_is_refused(tmp_path):
+    image = palette_image(range(256))
+    image.putpalette([i % 256 for i in range(768)])
+    image.save(tmp_path/'x.png')
+    with pytest.raises(InputError, match='a palette of colours, expected 8 or 16 bits of grey'):
+        read_pixels(tmp_path/'x.png')
+
+def test_a_transparent_palette_is_refused(tmp_path):
+    palette_image(range(256)).save(tmp_path/'x.png', transparency=3)
+    with pytest.raises(InputError, match='a palette of colours'):
+        read_pixels(tmp_path/'x.png')
+
+def test_a_negative_and_a_series_in_a_tiff_file(tmp_path):
+    grey = Image.fromarray(np.full((9, 9), 5, np.uint16))
+    grey.save(tmp_path/'negative.tif', tiffinfo={262: 0})
+    with pytest.raises(InputError, match='WhiteIsZero'):
+        read_pixels(tmp_path/'negative.tif')
+    grey.save(tmp_path/'series.tif', save_all=True, append_images=[grey])
+    with pytest.raises(InputError, match='found 2 images, expected one image'):
+        read_pixels(tmp_path/'series.tif')
+
+def test_a_plain_image_has_no_windows(tmp_path):
+    Image.fromarray(np.full((9, 9), 5, np.uint8)).save(tmp_path/'x.png')
+    with pytest.raises(InputError, match="window: found 'NORMAL', expected 0"):
+        read_pixels(tmp_path/'x.png', PrepareConfig(window='NORMAL'))
+
+@pytest.mark.parametrize('ending', ['png', 'pgm', 'tif'])
+def test_intensity_of_a_plain_image(ending, film, tmp_path):
+    "The same pixels in a DICOM file give the same image, if all its bits are used"
+    pixels = read_pixels(film).pixels.astype(np.uint16) + 700
+    Image.fromarray(pixels).save(tmp_path/f'x.{ending}')
+    write_mammogram(tmp_path/'x.dcm', pixels, 'L', 'CC', bits_stored=16)
+    config = PrepareConfig(size=(96, 64), intensity='minmax')
+    ours, theirs = (prepare(read_pixels(tmp_path/f'x.{e}', config), 'L', config) for e in (ending, 'dcm'))
+    assert np.abs(ours.image - theirs.image).max() < 1e-6
+    assert ours.image.max() > .8
+    whole = prepare(read_pixels(tmp_path/f'x.{ending}'), 'L', PrepareConfig(size=(96, 64)))
+    assert np.array_equal(whole.mask, ours.mask)
+    assert whole.image.max() < .2

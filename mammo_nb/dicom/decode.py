@@ -45,6 +45,18 @@ def _check_claims(head, syntax, rows, columns, bits_allocated, where):
     if head.tiles > most:
         raise frame_error(where, f'{head.tiles:,} tiles', f'at most {most:,}')
 
+# %% ../../nbs/dicom/12_decode.ipynb #5dc50227
+def _check_samples(head, bits, signed, where):
+    "Compare precision and sign of a frame with the elements of the data set"
+    if head.bits < bits:
+        names = f'{tag_name("BitsStored")} and {tag_name("HighBit")}'
+        raise frame_error(where, f'{head.bits} bits a pixel', f'{bits}, as {names} say')
+    signs = {'j2k': (head.signed,), 'baseline': (False,), 'extended': (False,)}
+    if signed not in signs.get(head.kind, (False, True)):
+        words = {True: 'signed', False: 'unsigned'}
+        expected = f'{words[signed]}, as {tag_name("PixelRepresentation")} says'
+        raise frame_error(where, f'{words[not signed]} pixels', expected)
+
 # %% ../../nbs/dicom/12_decode.ipynb #2dcee78d
 def check_frame(
     data:bytes, # the frame
@@ -52,7 +64,9 @@ def check_frame(
     rows:int, # `Rows` of the data set
     columns:int, # `Columns` of the data set
     bits_allocated:int, # 8 or 16
-    where:str|Path # the file, named in an error
+    where:str|Path, # the file, named in an error
+    bits:int=2, # `HighBit` + 1: bits that a pixel must have
+    signed:bool|None=None # `PixelRepresentation`; `None`: not compared
 )->FrameHeader|None: # its header, `None` for RLE; raises `DicomError`
     "Compare a compressed frame with the data set, before any decoder gets it"
     coding = SYNTAXES[syntax][1]
@@ -61,6 +75,7 @@ def check_frame(
         return None
     head = j2k_head(data, where) if coding == 'j2k' else jpeg_head(data, where)
     _check_claims(head, syntax, rows, columns, bits_allocated, where)
+    _check_samples(head, bits, head.signed if signed is None else signed, where)
     if b'\xff\xd9' not in bytes(data[-16:]): # padding may follow it
         raise frame_error(where, 'no end mark: it is cut off', 'a frame that ends with ffd9')
     check_ratio(len(data), head, where)
@@ -107,11 +122,13 @@ def decode_frame(
     rows:int, # `Rows`
     columns:int, # `Columns`
     bits_allocated:int, # 8 or 16
-    where:str|Path # the file, named in an error
+    where:str|Path, # the file, named in an error
+    bits:int=2, # as in `check_frame`
+    signed:bool|None=None # as in `check_frame`
 )->np.ndarray: # unsigned cells [rows,columns] of `bits_allocated` bits, writeable
     "Decode a compressed frame after comparing it with the data set"
     data = bytes(parts[0]) if len(parts) == 1 else b''.join(parts)
-    head = check_frame(data, syntax, rows, columns, bits_allocated, where)
+    head = check_frame(data, syntax, rows, columns, bits_allocated, where, bits, signed)
     out, width = _decode_safely(data, syntax, head, rows, columns, bits_allocated, where)
     cells = np.frombuffer(out, np.dtype(f'<u{width}')).reshape(rows, columns)
     if 8*width == bits_allocated:

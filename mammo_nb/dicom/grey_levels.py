@@ -12,8 +12,8 @@ import numpy as np
 from fastcore.basics import patch
 from pydicom.dataset import Dataset
 from ..core.errors import InputError, check_in
-from .file import DicomError, read_value, tag_name
-from .voi import Lut, Window, choose_voi, read_lut, read_vois
+from .file import DicomError, read_items, read_value, tag_name
+from .voi import LARGEST, Lut, Window, choose_voi, read_lut, read_vois
 
 # %% ../../nbs/dicom/16_grey_levels.ipynb #8a8158a2
 PRESETS = ('raw', 'minmax', 'voi_lut')
@@ -131,16 +131,17 @@ def _read_rescale(ds, where):
     "Slope and intercept, `None` if absent"
     slope = read_value(ds, 'RescaleSlope', where, float)
     intercept = read_value(ds, 'RescaleIntercept', where, float)
-    if slope is not None and (not np.isfinite(slope) or slope == 0):
-        raise DicomError(where, tag_name('RescaleSlope'), slope, 'a finite number, not 0')
-    if intercept is not None and not np.isfinite(intercept):
-        raise DicomError(where, tag_name('RescaleIntercept'), intercept, 'a finite number')
+    most = f'at most {LARGEST:g}'
+    if slope is not None and not 1/LARGEST <= abs(slope) <= LARGEST:
+        raise DicomError(where, tag_name('RescaleSlope'), slope, f'a finite number, not 0, {most}')
+    if intercept is not None and not abs(intercept) <= LARGEST:
+        raise DicomError(where, tag_name('RescaleIntercept'), intercept, f'a finite number, {most}')
     return slope, intercept
 
 def _read_modality(ds, signed, where, notes):
     "Slope, intercept and table of the modality step"
     slope, intercept = _read_rescale(ds, where)
-    items = read_value(ds, 'ModalityLUTSequence', where)
+    items = read_items(ds, 'ModalityLUTSequence', where)
     table = read_lut(items[0], signed, 'ModalityLUTSequence', where) if items else None
     if table is not None and slope is not None:
         notes.append('both a modality LUT and a rescale slope: the LUT is used (PS3.3 C.11.1)')
@@ -152,6 +153,9 @@ def _read_padding(ds, signed, bits, where):
     keywords = ('PixelPaddingValue', 'PixelPaddingRangeLimit')
     values = [read_value(ds, k, where, int) for k in keywords]
     values = [v for v in values if v is not None]
+    for value in values:
+        if not -1 << 15 <= value < 1 << 16:
+            raise DicomError(where, tag_name(keywords[0]), value, 'a number of 16 bits')
     if signed:
         sign = 1 << bits-1
         values = [((v & ((1 << bits)-1)) ^ sign) - sign for v in values]

@@ -9,12 +9,15 @@ __all__ = ['TAGS', 'IDENTITY', 'select_elements', 'Header', 'parse_header', 'rea
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 from ..core.errors import check_in
-from .file import DicomError, DicomFile, SYNTAXES, open_dicom, read_value
+from .file import DicomError, DicomFile, SYNTAXES, open_dicom, read_value, tag_name
 from .grey_levels import read_transfer
 from .laterality import read_laterality
 from .pixel_data import pixel_bytes
+from .quote import is_code, is_plain_text, quote_text
 from .spacing import read_spacing
 from .stored_pixels import Geometry, check_kind, read_geometry
 from .view import read_view
@@ -50,6 +53,21 @@ def _plain(value):
         return int(value)
     return float(value) if isinstance(value, (float, Decimal)) else str(value)
 
+def _may_be_value(element, name):
+    "Whether every text in an element can be its value; of an identity only that it can be printed"
+    value, vr = element.value, dictionary_VR(name)
+    if isinstance(value, (int, float, Decimal)):
+        return True
+    if isinstance(value, (bytes, Sequence)):
+        return False
+    texts = [value] if isinstance(value, str) or not hasattr(value, '__len__') else value
+    texts = [str(text) for text in texts if not isinstance(text, (int, float, Decimal))]
+    if name in TAGS and texts and element.VR != vr:
+        return False
+    fits = is_code if vr == 'CS' else is_plain_text
+    return all(map(fits, texts))
+
+# %% ../../nbs/dicom/24_header.ipynb #c67e9ee5
 def select_elements(
     ds:Dataset, # elements of the file
     names:tuple, # keywords, all in `TAGS` or `IDENTITY`
@@ -65,8 +83,12 @@ def select_elements(
         except DicomError as e:
             notes.append(f'{e.what}: {e.found}')
             continue
-        if value is not None:
+        if value is None:
+            continue
+        if _may_be_value(ds[name], name):
             elements[name] = _plain(value)
+        else:
+            notes.append(f'{tag_name(name)}: not a value of this element, and not passed on')
     return elements
 
 # %% ../../nbs/dicom/24_header.ipynb #5eebb6e3
@@ -105,6 +127,10 @@ _REMARKS = {
 def _read_intent(kind, tags, notes):
     "`FOR PRESENTATION` or `FOR PROCESSING`, from the tag or else from the SOP class"
     tag = tags.get('PresentationIntentType')
+    if tag not in (None, 'FOR PRESENTATION', 'FOR PROCESSING'):
+        name = tag_name('PresentationIntentType')
+        notes.append(f'{name} is {quote_text(tag)}: ignored')
+        tag = None
     from_class = f'FOR {kind.split()[-1].upper()}' if ', for ' in kind else None
     if tag and from_class and tag != from_class:
         notes.append(f'PresentationIntentType says {tag}, the SOP class says {from_class}: '
@@ -119,7 +145,7 @@ def _add_remarks(tags, notes):
     notes += [text for (keyword, value), text in _REMARKS.items() if tags.get(keyword) == value]
     kinds = tags.get('ImageType', ())
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if any('2D' in kind or 'TOMO' in kind for kind in kinds):
+    if any('2D' in kind or 'TOMO' in kind for kind in map(str, kinds)):
         notes.append('synthetic: computed from tomosynthesis')
 
 # %% ../../nbs/dicom/24_header.ipynb #9e62c593

@@ -11,6 +11,7 @@ from pydicom.dataset import Dataset
 from ..core.errors import InputError
 from ..core.vocabulary import VIEWS, parse_laterality
 from .file import read_value, tag_name
+from .quote import quote_text
 
 # %% ../../nbs/dicom/21_laterality.ipynb #7df8a403
 _OBLIQUE_SIDE = {'FR':'L', 'RF':'L', 'HL':'L', 'LH':'L', 'FL':'R', 'LF':'R', 'HR':'R', 'RH':'R'}
@@ -58,7 +59,7 @@ def _parse_side(ds, keyword, where, notes):
     try:
         return parse_laterality(value)
     except InputError:
-        notes.append(f'{tag_name(keyword)} is {value!r}, not one side')
+        notes.append(f'{tag_name(keyword)} is {quote_text(value)}, not one side')
         return None
 
 def read_laterality(

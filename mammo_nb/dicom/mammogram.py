@@ -72,7 +72,8 @@ def _read_cells(file, g):
     vr, data = pixel_bytes(file, g.nbytes)
     if file.coding == 'native':
         return _native_cells(data, vr, file.big_endian, g)
-    return decode_frame(data, file.syntax, g.rows, g.columns, g.bits_allocated, file.path)
+    size = g.rows, g.columns, g.bits_allocated
+    return decode_frame(data, file.syntax, *size, file.path, g.high_bit+1, g.signed)
 
 # %% ../../nbs/dicom/01_mammogram.ipynb #73493a8a
 def read_stored(
@@ -84,9 +85,9 @@ def read_stored(
     file = open_dicom(path)
     header, transfer = parse_header(file, keep, window)
     g = header.geometry
-    pixels, masked = stored_values(_read_cells(file, g), g)
+    pixels, masked = stored_values(_read_cells(file, g), g, file.path)
     if masked:
-        note = f'bits above the {g.bits_stored} stored ones were not zero: masked'
+        note = f'overlays in bits beside the {g.bits_stored} stored ones: masked'
         header = replace(header, notes=(*header.notes, note))
     return StoredImage(pixels, header, transfer)
 

@@ -8,6 +8,7 @@ __all__ = ['fragments', 'pixel_bytes']
 # %% ../../nbs/dicom/06_pixel_data.ipynb #2e78f979
 import io, struct
 from pathlib import Path
+from .codestream import LARGE_FRAME, MAX_RATIO
 from mammo_nb.dicom.file import (
     BoundedReader, DEFLATED, DicomError, DicomFile, IMPLICIT, SYNTAXES, inflate, tag_name
 )
@@ -35,6 +36,7 @@ def _read_element_header(file, stream):
 
 # %% ../../nbs/dicom/06_pixel_data.ipynb #07c9afbe
 _ITEM, _DELIMITER = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
+_MAX_FRAGMENTS = 1 << 14
 
 def _next_fragment(view, at, where):
     "Bytes of the item at position `at`, `None` at the delimiter"
@@ -62,22 +64,40 @@ def fragments(
     while (part := _next_fragment(view, at, where)) is not None:
         parts.append(part)
         at += 8 + len(part)
+        if len(parts) > _MAX_FRAGMENTS:
+            found = f'more than {_MAX_FRAGMENTS:,} fragments'
+            raise _pixel_error(where, found, 'one frame')
     if not any(len(part) for part in parts[1:]): # the first item is the offset table
         raise _pixel_error(where, 'no fragment with bytes in it', 'a compressed frame')
     return parts[1:]
 
 # %% ../../nbs/dicom/06_pixel_data.ipynb #c9cf9b05
-def _open_pixels(file, expected):
-    "A stream in which the pixel element begins at `file.offset`"
-    if file.syntax != DEFLATED:
-        return BoundedReader(file.path)
-    return io.BytesIO(inflate(file.path, file.meta_end, file.offset + 12 + expected + 2))
-
-def _check_native(file, claimed, left, expected):
-    "Compare the claimed length of native pixels with what the image needs and the file has"
+def _check_claim(file, claimed, expected):
+    "Compare the claimed length of native pixels with what the image needs"
     if claimed not in (expected, expected + expected % 2):
         needed = f'{expected:,} bytes (rows x columns x bytes a pixel)'
         raise _pixel_error(file.path, f'{claimed:,} bytes', needed)
+
+def _inflate_pixels(file, expected):
+    "A deflated file as far as its pixels, after a look at what they claim"
+    with BoundedReader(inflate(file.path, file.meta_end, file.offset + 12)) as start:
+        start.seek(file.offset)
+        _check_claim(file, _read_element_header(file, start)[1], expected)
+    coded = file.path.stat().st_size - file.meta_end
+    if expected > LARGE_FRAME and expected > coded*MAX_RATIO:
+        bound = f'at least {expected//MAX_RATIO:,} bytes for {expected:,} bytes of pixels'
+        raise DicomError(file.path, 'deflated data set', f'{coded:,} bytes', bound)
+    return inflate(file.path, file.meta_end, file.offset + 12 + expected + 2)
+
+# %% ../../nbs/dicom/06_pixel_data.ipynb #eaed5ecc
+def _open_pixels(file, expected):
+    "A stream in which the pixel element begins at `file.offset`"
+    deflated = file.syntax == DEFLATED
+    return BoundedReader(_inflate_pixels(file, expected) if deflated else file.path)
+
+def _check_native(file, claimed, left, expected):
+    "Compare the claimed length of native pixels with what the image needs and the file has"
+    _check_claim(file, claimed, expected)
     if left < claimed:
         found = f'{left:,} bytes, then the end of the file'
         raise _pixel_error(file.path, found, f'{claimed:,} bytes')

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydicom.dataset import Dataset
 from .file import read_value, tag_name
+from .quote import quote_number
 
 # %% ../../nbs/dicom/23_spacing.ipynb #2f00ef37
 def _read_pair(ds, keyword, where, notes):
@@ -19,7 +20,8 @@ def _read_pair(ds, keyword, where, notes):
         return None
     if len(pair) == 2 and all(np.isfinite(v) and 0 < v < 10 for v in pair):
         return pair
-    notes.append(f'{tag_name(keyword)} is {pair}, not two lengths in mm: ignored')
+    shown = ', '.join(map(quote_number, pair)) if len(pair) <= 2 else f'{len(pair)} values'
+    notes.append(f'{tag_name(keyword)} is {shown}, not two lengths in mm: ignored')
     return None
 
 def _read_magnification(ds, where, notes):
@@ -28,7 +30,7 @@ def _read_magnification(ds, where, notes):
     factor = read_value(ds, keyword, where, float)
     if factor is None or 1 <= factor < 10:
         return factor
-    notes.append(f'{tag_name(keyword)} is {factor}, expected 1 to 10: ignored')
+    notes.append(f'{tag_name(keyword)} is {quote_number(factor)}, expected 1 to 10: ignored')
     return None
 
 # %% ../../nbs/dicom/23_spacing.ipynb #a8458823

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from pydicom.dataset import Dataset
-from .file import DicomError, read_value, tag_name, uid_words
+from .file import DicomError, read_value, tag_name
+from .quote import quote_number, quote_text, quote_uid
 
 # %% ../../nbs/dicom/20_stored_pixels.ipynb #61f4dc0d
 _CLASS = '1.2.840.10008.5.1.4.1.1.'
@@ -38,12 +39,12 @@ def _check_class(ds, where):
     modality = read_value(ds, 'Modality', where, str, required=True)
     uid = read_value(ds, 'SOPClassUID', where, str, required=True)
     if modality != 'MG':
-        raise DicomError(where, tag_name('Modality'), modality, 'MG (mammography)')
+        raise DicomError(where, tag_name('Modality'), quote_text(modality), 'MG (mammography)')
     if uid in _REFUSED:
         raise DicomError(where, tag_name('SOPClassUID'), _REFUSED[uid], 'a single mammogram')
     if uid not in _ACCEPTED:
         expected = f'one of: {"; ".join(_ACCEPTED.values())}'
-        raise DicomError(where, tag_name('SOPClassUID'), uid_words(uid), expected)
+        raise DicomError(where, tag_name('SOPClassUID'), quote_uid(uid), expected)
     return _ACCEPTED[uid]
 
 def _check_grey(ds, where):
@@ -53,8 +54,8 @@ def _check_grey(ds, where):
     if samples not in (None, 1):
         raise DicomError(where, tag_name('SamplesPerPixel'), samples, '1 (grey)')
     if photometric not in ('MONOCHROME1', 'MONOCHROME2'):
-        expected = 'MONOCHROME1 or MONOCHROME2'
-        raise DicomError(where, tag_name('PhotometricInterpretation'), photometric, expected)
+        what, found = tag_name('PhotometricInterpretation'), quote_text(photometric)
+        raise DicomError(where, what, found, 'MONOCHROME1 or MONOCHROME2')
 
 # %% ../../nbs/dicom/20_stored_pixels.ipynb #0a68040e
 def check_kind(
@@ -65,7 +66,7 @@ def check_kind(
     kind = _check_class(ds, where)
     frames = read_value(ds, 'NumberOfFrames', where, int)
     if frames not in (None, 1):
-        found = f'a multi-frame object of {frames} frames'
+        found = f'a multi-frame object of {quote_number(frames)} frames'
         raise DicomError(where, tag_name('NumberOfFrames'), found, '1 frame')
     _check_grey(ds, where)
     return kind
@@ -82,6 +83,7 @@ class Geometry:
     bits_stored:int      # 1 to bits_allocated
     high_bit:int         # the topmost of the stored bits
     signed:bool          # stored values may be negative
+    overlay_bits:int = 0 # bits of a cell that hold overlays, as a mask
 
     @property
     def nbytes(self): return self.rows*self.columns*self.bits_allocated//8
@@ -108,6 +110,23 @@ def _read_bits(ds, where):
     return allocated, stored, high
 
 # %% ../../nbs/dicom/20_stored_pixels.ipynb #d98f21d7
+def _bit_position(ds, group):
+    "OverlayBitPosition of a group of overlays, -1 if there is none that can be read"
+    element = ds.get_item((group, 0x0102))
+    value = getattr(element, 'value', None)
+    if isinstance(value, bytes) and len(value) == 2: # not yet converted by pydicom
+        return int.from_bytes(value, 'little' if element.is_little_endian else 'big')
+    return value if isinstance(value, int) else -1
+
+def _read_overlay_bits(ds, bits_allocated):
+    "The bits of a cell in which overlays are stored (PS3.3 C.9.2, retired), as a mask"
+    mask = 0
+    for group in range(0x6000, 0x6020, 2):
+        position = _bit_position(ds, group)
+        if 0 <= position < bits_allocated and (group, 0x3000) not in ds:
+            mask |= 1 << position
+    return mask
+
 def read_geometry(
     ds:Dataset, # elements of the file
     where:str|Path # the file, named in an error
@@ -120,28 +139,44 @@ def read_geometry(
         raise DicomError(where, what, f'{rows} x {columns}', f'at most {MAX_PIXELS:,} pixels')
     allocated, stored, high = _read_bits(ds, where)
     signed = _read_whole(ds, 'PixelRepresentation', 0, 1, '0 (unsigned) or 1 (signed)', where)
-    return Geometry(rows, columns, allocated, stored, high, bool(signed))
+    overlays = _read_overlay_bits(ds, allocated)
+    overlays &= ~(((1 << stored)-1) << (high+1-stored)) # no bit of the value is an overlay
+    return Geometry(rows, columns, allocated, stored, high, bool(signed), overlays)
 
 # %% ../../nbs/dicom/20_stored_pixels.ipynb #826f41c4
+def _check_range(cells, g, where):
+    "Refuse values that do not fit into the stored bits"
+    end, half = 1 << g.bits_stored, 1 << g.bits_stored-1
+    values = cells.view(f'i{cells.itemsize}') if g.signed else cells
+    low, high = int(values.min()), int(values.max())
+    zeros_above = low >= 0 # else the sign is repeated above the value
+    if low >= -half and high < (end if zeros_above else half):
+        return
+    sign = 'signed' if g.signed else 'unsigned'
+    names = f'{tag_name("BitsStored")} and {tag_name("PixelRepresentation")}'
+    expected = f'{g.bits_stored} {sign} bits, as {names} say'
+    raise DicomError(where, tag_name('PixelData'), f'values from {low} to {high}', expected)
+
 def _extend_sign(cells, g):
     "Unsigned cells as signed values: the top stored bit becomes the sign"
     spare = g.bits_allocated - g.bits_stored
     cells <<= cells.dtype.type(spare)
-    values = cells.view(np.int8 if g.bits_allocated == 8 else np.int16)
+    values = cells.view(f'i{cells.itemsize}')
     values >>= values.dtype.type(spare)
     return values
 
+# %% ../../nbs/dicom/20_stored_pixels.ipynb #28569ecc
 def stored_values(
     cells:np.ndarray, # [H,W] uint8 or uint16, changed in place
     g:Geometry, # bits of a pixel
-)->tuple: # (stored values [H,W], unsigned or signed; whether bits that hold no value were masked)
+    where:str|Path='pixels' # the file, named in an error
+)->tuple: # (stored values [H,W], unsigned or signed; whether there were overlays, masked)
     "Take the stored values out of their cells"
     kind = cells.dtype.type
+    masked = bool(g.overlay_bits and (cells & kind(g.overlay_bits)).any())
+    if masked:
+        cells &= kind(~g.overlay_bits & ((1 << g.bits_allocated)-1))
     if g.high_bit >= g.bits_stored:
         cells >>= kind(g.high_bit + 1 - g.bits_stored)
-    if g.signed:
-        return _extend_sign(cells, g), False
-    masked = g.bits_stored < g.bits_allocated and int(cells.max()) >> g.bits_stored > 0
-    if masked:
-        cells &= kind((1 << g.bits_stored)-1)
-    return cells, masked
+    _check_range(cells, g, where)
+    return (_extend_sign(cells, g) if g.signed else cells), masked

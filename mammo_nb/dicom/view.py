@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from pydicom.dataset import Dataset
 from ..core.vocabulary import OTHER_VIEWS
-from .file import read_value, tag_name
+from .file import read_items, read_value, tag_name
 from .laterality import first_known, orientation_from_tags
+from .quote import quote_text
 
 # %% ../../nbs/dicom/22_view.ipynb #8b23667f
 VIEW_CODES = {
@@ -74,14 +75,14 @@ _NAME_OF_CODE = {code: name for name, codes in _CODES.items() for code in codes[
 def _read_modifiers(item, where, notes):
     "Modifiers of one item of ViewCodeSequence, an unknown one as `?`"
     modifiers = []
-    for modifier in read_value(item, 'ViewModifierCodeSequence', where) or []:
+    for modifier in read_items(item, 'ViewModifierCodeSequence', where):
         code = read_value(modifier, 'CodeValue', where, str)
         if code in HARMLESS_MODIFIERS:
             notes.append(HARMLESS_MODIFIERS[code])
             continue
         if code not in _NAME_OF_CODE:
             name = tag_name('ViewModifierCodeSequence')
-            notes.append(f'{name} has the code {code}, no modifier that we know')
+            notes.append(f'{name} has the code {quote_text(code)}, no modifier that we know')
         modifiers.append(_NAME_OF_CODE.get(code, '?'))
     return modifiers
 
@@ -93,13 +94,14 @@ def view_code_from_tags(
 )->tuple: # (projection or None, modifiers)
     "Read projection and modifiers from ViewCodeSequence"
     projection, modifiers = None, []
-    for item in read_value(ds, 'ViewCodeSequence', where) or []:
+    for item in read_items(ds, 'ViewCodeSequence', where):
         code = read_value(item, 'CodeValue', where, str)
         name = _NAME_OF_CODE.get(code)
         if name in VIEW_CODES:
             projection = projection or name
         else:
-            notes.append(f'{tag_name("ViewCodeSequence")} has the code {code}, no view that we know')
+            found = f'has the code {quote_text(code)}'
+            notes.append(f'{tag_name("ViewCodeSequence")} {found}, no view that we know')
         modifiers += _read_modifiers(item, where, notes)
     return projection, tuple(modifiers)
 
@@ -113,7 +115,7 @@ def _read_label(ds, where, notes):
         return None, ()
     label = parse_label(text)
     if label is None:
-        notes.append(f'{tag_name("ViewPosition")} is {text!r}, no view that we know')
+        notes.append(f'{tag_name("ViewPosition")} is {quote_text(text)}, no view that we know')
     return label or (None, ())
 
 def _read_projection(ds, label, code, where, notes):

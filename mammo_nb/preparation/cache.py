@@ -26,14 +26,31 @@ except ImportError: # Windows
 
 # %% ../../nbs/preparation/20_cache.ipynb #638ffeca
 _GREY_FILES = ('.png', '.pgm', '.tif', '.tiff')
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0 # of a TIFF file
 
+def _grey_values(image, path):
+    "Pixels of an open image; numbers of a grey palette become its grey values"
+    if getattr(image, 'n_frames', 1) > 1:
+        raise InputError(path, 'image', f'{image.n_frames} images', 'one image')
+    tags = getattr(image, 'tag_v2', {})
+    if image.mode.startswith('I;16') and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise InputError(path, 'image', 'a negative (WhiteIsZero)', 'high values for white')
+    if image.mode != 'P':
+        return np.asarray(image)
+    red, green, blue, *alpha = np.moveaxis(np.asarray(image.convert('RGBA')), -1, 0)
+    opaque = (alpha[0] == 255).all()
+    if not (opaque and np.array_equal(red, green) and np.array_equal(red, blue)):
+        raise InputError(path, 'image', 'a palette of colours', '8 or 16 bits of grey')
+    return red
+
+# %% ../../nbs/preparation/20_cache.ipynb #be4bf4bc
 def _read_grey_file(path):
     "[H,W] uint8 or uint16 of a PNG, PGM or TIFF file"
     from PIL import Image
     try:
         with Image.open(path) as image:
-            mode, pixels = image.mode, np.asarray(image)
-    except FileNotFoundError:
+            mode, pixels = image.mode, _grey_values(image, path)
+    except (FileNotFoundError, InputError):
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise InputError(path, 'image', str(e), 'a readable PNG, PGM or TIFF') from e
@@ -49,6 +66,8 @@ def read_pixels(
 ): # a `StoredImage`, or an array [H,W] of unsigned integers
     "Read any file of a cohort in the form that `prepare` takes"
     if Path(path).suffix.lower() in _GREY_FILES:
+        if config.window != 0:
+            raise InputError(path, 'window', repr(config.window), '0: this file has no windows')
         return _read_grey_file(path)
     return read_stored(path, config.window)
 

@@ -95,7 +95,19 @@ def _white_value(pixels, where):
     note = f'only {used} of {bits} bits are used: the image is dark, and the file does not say which value is white'
     return white, (note,)
 
-def _array_source(image, where):
+def _used_range(pixels):
+    "The map of the values that occur to [0,1] as a straight line, and as a function"
+    low, high = float(pixels.min()), float(pixels.max())
+    slope = 1/max(high-low, 1e-9) # all equal: black
+    def unit(values):
+        grey = np.subtract(values, low, dtype=np.float32)
+        grey *= np.float32(slope)
+        return np.clip(grey, 0, 1)
+    line = slope, -low*slope
+    return line, unit, (low, high)
+
+# %% ../../nbs/preparation/10_prepare.ipynb #5122c65a
+def _array_source(image, where, intensity):
     "The source of an array or a `Mammogram`"
     pixels = np.asarray(getattr(image, 'pixels', image))
     if pixels.ndim != 2 or min(pixels.shape) < 8:
@@ -103,19 +115,22 @@ def _array_source(image, where):
     if isinstance(getattr(image, 'header', None), dict) and pixels.dtype.kind != 'f':
         raise InputError(where, 'pixels', 'a Mammogram of stored values (preset raw)',
                          'read_stored(path), or read_mammogram with preset voi_lut or minmax')
-    white, notes = _white_value(pixels, where)
-    notes = tuple(getattr(image, 'notes', ())) + notes
+    white, dark = _white_value(pixels, where)
+    notes = tuple(getattr(image, 'notes', ()))
     spacing = getattr(image, 'pixel_spacing_mm', None)
     def unit(values):
         values = np.asarray(values, np.float32)
         return values/np.float32(white)
-    return _Source(pixels, (1/white, 0.), unit, unit, (0, white), spacing, notes)
+    if intensity == 'minmax':
+        line, used_unit, used = _used_range(pixels)
+        return _Source(pixels, line, used_unit, unit, used, spacing, notes)
+    return _Source(pixels, (1/white, 0.), unit, unit, (0, white), spacing, notes + dark)
 
 def _source(image, config, where):
     "What is known of the stored pixels"
     if hasattr(image, 'transfer'):
         return _stored_source(image, config)
-    return _array_source(image, where)
+    return _array_source(image, where, config.intensity)
 
 # %% ../../nbs/preparation/10_prepare.ipynb #2aae2757
 def _must_mirror(mask, laterality, config, where):
