@@ -105,6 +105,10 @@ def check_disjoint_patients(
     valid:pd.DataFrame # rows to measure on
 ): # nothing; raises `LeakError`, which names the patients
     "Refuse training and validation rows of the same patient"
+    for rows in (train, valid):
+        if 'patient_id' in rows: continue
+        expected = 'the patient of each row: splits are of patients'
+        raise InputError('training and validation rows', 'columns', "no 'patient_id'", expected)
     both = set(train.patient_id) & set(valid.patient_id)
     if not both: return
     what = f'{len(both)} patients'
@@ -133,9 +137,11 @@ def check_training_images(
     if not all(isinstance(dataset, SampleDataset) for dataset in (train, valid)): return
     learnt = _patients_of(train)
     tested = learnt & (_test_patients(train) | _test_patients(valid))
-    if tested: _leak(where, 'test patients in training', tested, 'nothing learnt from test patients')
+    if tested:
+        expected = 'patients of another split: nothing is learnt from test patients'
+        _refuse_patients(where, f'{len(tested)} patients of training', tested, expected)
     both = learnt & _patients_of(valid)
-    if both: _leak(where, 'patients in training and validation', both, 'no patient in both')
+    if both: _refuse_patients(where, f'{len(both)} patients', both, 'no patient in both')
 
 # %% ../../nbs/samples/08_loaders.ipynb #8a146e21
 def sample_dls(
@@ -150,6 +156,8 @@ def sample_dls(
     "Make the loaders of any task"
     bs = check_range(bs, 1, None, where, 'bs', whole=True)
     check_training_images(*sets, where)
+    if not len(sets[0]):
+        raise InputError(where, 'training set', f'no sample ({sets[0]!r})', 'at least one')
     bs = min(bs, len(sets[0]))
     if augment and not isinstance(augment, ItemTransform):
         raise InputError(where, 'augment', repr(augment), 'True, False, None or an Augment')

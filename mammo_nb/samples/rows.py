@@ -145,7 +145,7 @@ def check_ids(self:RowCheck):
         expected = pd.Series('an image_id of the prepared cohort, or none', ids.index)
         self.add(unknown, c.name, ids.map(repr), expected)
 
-# %% ../../nbs/samples/04_rows.ipynb #5bfcb44c
+# %% ../../nbs/samples/04_rows.ipynb #8d48c181
 GAP_TOLERANCE = .06 # years between a stated gap and that of the dates
 
 def _check_gap(check, c, date):
@@ -164,7 +164,7 @@ def _check_gap(check, c, date):
 def check_priors(self:RowCheck):
     "Refuse priors that are not earlier than the current exam, and gaps that contradict the dates"
     current = [c for c in self.columns if c.exam and not c.prior]
-    date = pd.Series(pd.NaT, self.rows.index)
+    date = pd.Series(pd.NaT, self.rows.index, dtype='datetime64[us]')
     for c in current: date = date.fillna(self.facts[c.name].exam_date)
     exam = self.claim('exam_id', current)
     for c in self.columns:
