@@ -1,8 +1,9 @@
 """Flows and registrations against SimpleITK, closed forms, and shifts that are known."""
 import json
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 import SimpleITK as sitk
 from torch.nn import functional as F
+from mammo_nb.cohort.cohort import Cohort
 from mammo_nb.core.errors import InputError
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.insilico.config import InSilicoConfig
@@ -321,12 +322,14 @@ class Prepared:
     def __init__(self):
         self.keys = {f'{view}{exam}': random_image(exam, (33, 20))[0].numpy() for view in ('cc', 'mlo') for exam in range(3)}
         self.config = type('Config', (), dict(size=(33, 20), text='{}'))
+        images = [dict(image_id=f'{view}{exam}', patient_id='p', exam_id=f'e{exam}', exam_date=f'{2020-exam}-01-01', laterality='L', view=view.upper(), path=f'{view}{exam}.png') for view in ('cc', 'mlo') for exam in range(3)]
+        self.cohort = Cohort(pd.DataFrame(images).astype(dict(exam_date='datetime64[us]')))
+        self.failures = pd.DataFrame(dict(image_id=['lost']))
     def load(self, image_id): return type('Prepared image', (), dict(image=self.keys[image_id]))
 
 @pytest.fixture
 def rows():
-    "Two breasts; the second has an image that was not prepared, and none at the second prior exam"
-    import pandas as pd
+    "One breast at two exams; the earlier has an image that was not prepared, and no second prior exam"
     columns = ['image_id_cc', 'image_id_mlo', 'previous_image_id_cc_1', 'previous_image_id_mlo_1', 'previous_image_id_cc_2', 'previous_image_id_mlo_2']
     return pd.DataFrame([['cc0', 'mlo0', 'cc1', 'mlo1', 'cc2', 'mlo2'], ['cc1', 'lost', 'cc2', 'mlo2', None, None]], columns=columns)
 

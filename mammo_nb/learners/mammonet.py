@@ -6,6 +6,7 @@
 __all__ = ['VARIANTS', 'mammonet_learner', 'attention_maps', 'choose_weights']
 
 # %% ../../nbs/learners/30_mammonet.ipynb #fdc6cce4
+from copy import copy
 from inspect import signature
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ from .outputs import SelectOutput, auc_metric
 from .resume import training_callbacks
 from .run_config import gaze_checksum, image_checksum
 from .systems import System, predict, register
-from ..cohort.leaks import select_split
+from ..cohort.leaks import assign_split, check_split, patient_splits, select_split
 from mammo_nb.learners.two_view import (
     breast_cases, evaluate_probabilities, positive_weight, start_at_prevalence,
     two_view_outputs, two_view_samples
@@ -183,6 +184,7 @@ def attention_maps(
     cohort = check_prepared(prepared, 'attention_maps').cohort
     rows = breast_cases(cohort) if rows is None else rows
     check_preparation(model, prepared, 'attention_maps')
+    if split is not None: check_split(cohort)
     ds = two_view_samples(prepared, select_split(rows, split))
     device, was_training = next(model.parameters()).device, model.training
     maps, start = {}, 0
@@ -218,7 +220,7 @@ def _fold_numbers(rows, folds, seed):
 
 def _folds(prepared, folds, seed):
     "For each fold the training rows, with the splits of its training"
-    prepared = check_prepared(prepared, 'choose_weights')
+    check_split(check_prepared(prepared, 'choose_weights').cohort)
     rows = labelled_rows(prepared, 'train', where='choose_weights')
     n = rows.patient_id.nunique()
     if n < folds:
@@ -236,6 +238,14 @@ def _folds(prepared, folds, seed):
         split = np.where(number == (k+1) % folds, 'valid', 'train')
         tables.append(rows.assign(split=np.where(number == k, 'test', split)))
     return tables
+
+def _with_splits(prepared, rows):
+    "The prepared images, where the patients of a fold have its splits"
+    splits = patient_splits(prepared.cohort).to_dict()
+    splits |= dict(zip(rows.patient_id, rows.split))
+    fold = copy(prepared)
+    fold.cohort = assign_split(prepared.cohort, splits)
+    return fold
 
 # %% ../../nbs/learners/30_mammonet.ipynb #9892531c
 def _held_out_auc(learn, prepared, rows, name):
@@ -321,11 +331,12 @@ def choose_weights(
     tries = product(range(folds), gaze_weights, fusion_weights)
     todo = [one for one in tries if one not in done]
     for k, gaze, fusion in progress_bar(todo, desc='weights and folds', enabled=progress):
-        dls = two_view_dls(prepared, rows=tables[k], **kwargs)
+        images = _with_splits(prepared, tables[k])
+        dls = two_view_dls(images, rows=tables[k], **kwargs)
         learn = fit(dls, gaze_weight=gaze, fusion_weight=fusion)
         held_out = tables[k].query("split == 'test'")
         name = f'gaze_weight {gaze}, fusion_weight {fusion}, fold {k}'
-        score = _held_out_auc(learn, prepared, held_out, name)
+        score = _held_out_auc(learn, images, held_out, name)
         row = dict(gaze_weight=gaze, fusion_weight=fusion, fold=k, auc=score)
         rows.append(row | dict(patients=patients))
         if path is not None: _write_rows(rows, path)

@@ -22,7 +22,7 @@ from ..core.hub import HubModel, find_model_files, model_version, read_model_con
 from ..core.progress import progress_bar
 from ..core.vocabulary import SPLITS
 from .keep_best import unwrap_model
-from ..cohort.leaks import select_split
+from ..cohort.leaks import check_split, select_split
 from ..metrics.boxes import detections_table
 from ..metrics.predictions import check_predictions, predictions_table
 from mammo_nb.preparation.prepared_cohort import (
@@ -332,6 +332,7 @@ def predict(
     _check_options(system, options, dataset)
     images = check_prepared(prepared, 'predict') if dataset is None else dataset.prepared
     check_preparation(model, images)
+    if split is not None: check_split(images.cohort)
     if dataset is None:
         dataset = _make_samples(system, model, prepared, split, rows, options)
     _check_samples(system, model, dataset, split)

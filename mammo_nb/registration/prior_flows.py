@@ -15,6 +15,8 @@ from mammo_nb.preparation.prepared_cohort import (
 )
 from .flow import check_flow, resize_flow
 from ..samples.dataset import ImageStore, prepared_ids
+from ..samples.risk import history_columns
+from ..samples.rows import check_rows
 from ..samples.two_view import VIEW_NAMES
 
 # %% ../../nbs/registration/25_prior_flows.ipynb #a59ee153
@@ -62,6 +64,12 @@ def _predict_flow(registration, fixed, moving):
     check_flow(flow, fixed.shape[2:], 'prior_flows')
     return flow.float().cpu()
 
+def _declared_columns(rows):
+    "What the columns of images hold that a table has"
+    last = [c.rsplit('_', 1)[1] for c in rows if c.startswith('previous_image_id_')]
+    priors = max([int(number) for number in last if number.isdigit()], default=0)
+    return [column for column in history_columns(priors) if column.name in rows]
+
 def prior_flows(
     prepared:PreparedCohort, # the prepared images
     rows:pd.DataFrame, # as from `breast_history`
@@ -72,6 +80,7 @@ def prior_flows(
     "Predict the flow of every current image to its priors, once"
     check_prepared(prepared, 'prior_flows')
     registration = check_registration(registration, prepared, 'prior_flows')
+    check_rows(prepared, rows, _declared_columns(rows), 'prior_flows')
     pairs, flows = prior_pairs(prepared, rows), {}
     images = ImageStore(prepared, np.ravel(pairs))
     height, width = images.size

@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..core.errors import check_in
 from ..preparation.prepared_cohort import PreparedCohort, check_prepared
+from .rows import check_rows, image_columns
 from .sample import Sample
 
 # %% ../../nbs/samples/05_dataset.ipynb #0a4728a5
@@ -63,8 +64,8 @@ class SampleDataset:
     def __init__(self,
         prepared:PreparedCohort, # the prepared images
         rows:pd.DataFrame, # cases
-        columns, # names of the columns with image ids
-        needed=None, # those of which a case must have one or all; `None`: `columns`
+        columns, # `ImageColumn`s: what each column of image ids holds; or names
+        needed=None, # names of those of which a case must have one or all; `None`: `columns`
         how:str='any', # `any` or `all` of the needed images must be prepared
         in_memory:bool|str='auto', # keep the images: `True`, `False`, or `'auto'`: up to 1 GiB
         split_idx:int=1 # 0 for training: only then is anything augmented
@@ -72,6 +73,8 @@ class SampleDataset:
         name = type(self).__name__
         check_prepared(prepared, name)
         check_in(how, ('any', 'all'), name, 'how')
+        check_rows(prepared, rows, columns, name)
+        columns = [column.name for column in image_columns(columns)]
         exists = pd.notna(prepared_ids(rows, prepared, needed or columns))
         keep = exists.any(1) if how == 'any' else exists.all(1)
         self.prepared = prepared
