@@ -300,7 +300,8 @@ def _loader_settings(loader_args):
 
 def _settings_hash(prepared, tables, loader_args):
     "A name for folds of patients, with their labels, images and gaze, and for settings of loaders"
-    dataset = TwoViewDataset(prepared, tables[0], in_memory=False)
+    images = _with_splits(prepared, tables[0])
+    dataset = TwoViewDataset(images, tables[0], in_memory=False)
     if loader_args.get('gaze') and 'gaze_path' in prepared.cohort.images:
         files = prepared.cohort.images.dropna(subset='gaze_path').image_id
         dataset.gaze_maps = dict.fromkeys(set(dataset.ids.ravel()) & set(files))

@@ -66,9 +66,13 @@ def _predict_flow(registration, fixed, moving):
 
 def _declared_columns(rows):
     "What the columns of images hold that a table has"
-    last = [c.rsplit('_', 1)[1] for c in rows if c.startswith('previous_image_id_')]
-    priors = max([int(number) for number in last if number.isdigit()], default=0)
-    return [column for column in history_columns(priors) if column.name in rows]
+    names = [name for name in rows if name.startswith('previous_image_id_')]
+    priors = [0]
+    for name in names:
+        _, number = name.rsplit('_', 1)
+        if number.isdigit(): priors.append(int(number))
+    columns = history_columns(max(priors))
+    return [column for column in columns if column.name in rows]
 
 def prior_flows(
     prepared:PreparedCohort, # the prepared images

@@ -27,7 +27,11 @@ def image_columns(
     columns # `ImageColumn`s, or names of columns of which nothing is declared
 )->list: # of `ImageColumn`
     "Write columns of image ids as declarations"
-    return [c if isinstance(c, ImageColumn) else ImageColumn(c) for c in columns]
+    declared = []
+    for c in columns:
+        if not isinstance(c, ImageColumn): c = ImageColumn(c)
+        declared.append(c)
+    return declared
 
 # %% ../../nbs/samples/04_rows.ipynb #87ebe7f5
 class RowFault(InputError):
@@ -220,7 +224,10 @@ def check_rows(
     "Refuse rows that contradict the cohort"
     _check_columns(rows, columns, where)
     check = RowCheck(prepared, rows, columns, where)
-    for part in (check.check_splits, check.check_images, check.check_ids, check.check_priors): part()
+    check.check_splits()
+    check.check_images()
+    check.check_ids()
+    check.check_priors()
     if not check.faults: return rows
     faults = sorted(check.faults, key=lambda fault: fault.row)
     n_rows = len({fault.row for fault in faults})
