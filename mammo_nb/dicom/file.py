@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMPLICIT', 'EXPLICIT', 'BIG_ENDIAN', 'DEFLATED', 'SYNTAXES', 'MAX_PARTS', 'DicomError', 'tag_name', 'read_value',
-           'read_items', 'BoundedReader', 'inflate', 'DicomFile', 'open_dicom']
+           'read_items', 'BoundedReader', 'BoundedBytes', 'inflate', 'DicomFile', 'open_dicom']
 
 # %% ../../nbs/dicom/05_file.ipynb #12391d0f
 import io, logging, warnings, zlib
@@ -67,7 +67,7 @@ def _check_raw(ds, keyword):
         return
     if dictionary_VR(keyword) == 'SQ': # parsed once with a limit to its parts
         layout = raw.is_implicit_VR, raw.is_little_endian, len(raw.value)
-        read_sequence(BoundedReader(raw.value), *layout, 'iso8859')
+        read_sequence(BoundedBytes(raw.value), *layout, 'iso8859')
         return
     most = _MAX_TABLE if keyword == 'LUTData' else _MAX_VALUE
     if len(raw.value) > most:
@@ -159,10 +159,13 @@ _CHARSET_TAGS = (b'\x08\0\5\0', b'\0\x08\0\5') # little and big endian
 class BoundedReader(io.BufferedReader):
     "A file that gives no more bytes than it has left, and those in `MAX_PARTS` parts at most"
     def __init__(self,
-        source:str|Path|bytes # an existing file, or its content
+        path:str|Path # an existing file
     ):
-        raw = io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(str(source))
-        super().__init__(raw)
+        super().__init__(io.FileIO(str(path)))
+        self._begin()
+
+    def _begin(self):
+        "Measure the file, and count from zero"
         self.size = self.seek(0, io.SEEK_END)
         self.n_reads, self.n_charsets = 0, 0
         self.head, self.excess = b'', ''
@@ -189,6 +192,15 @@ class BoundedReader(io.BufferedReader):
         if n == 8: # the header of an element
             self.head = data
         return data
+
+# %% ../../nbs/dicom/05_file.ipynb #d5912eb1
+class BoundedBytes(BoundedReader):
+    "Bytes in memory, read with the limits of `BoundedReader`"
+    def __init__(self,
+        data:bytes # what is to be read
+    ):
+        io.BufferedReader.__init__(self, io.BytesIO(data))
+        self._begin()
 
 # %% ../../nbs/dicom/05_file.ipynb #8b6011c9
 def inflate(
@@ -263,7 +275,7 @@ def open_dicom(
         syntax = _read_syntax(path, f)
         meta_end = f.tell()
         deflated = syntax == DEFLATED
-        stream = BoundedReader(inflate(path, meta_end, _HEADER_LIMIT)) if deflated else f
+        stream = BoundedBytes(inflate(path, meta_end, _HEADER_LIMIT)) if deflated else f
         ds = _read_elements(path, stream, syntax == IMPLICIT, syntax != BIG_ENDIAN,
                             lambda tag: tag in _PIXEL_TAGS, 'data set')
         return DicomFile(path, ds, syntax, stream.tell(), meta_end)

@@ -10,7 +10,7 @@ import io, struct
 from pathlib import Path
 from .codestream import LARGE_FRAME, MAX_RATIO
 from mammo_nb.dicom.file import (
-    BoundedReader, DEFLATED, DicomError, DicomFile, IMPLICIT, SYNTAXES, inflate, tag_name
+    BoundedBytes, BoundedReader, DEFLATED, DicomError, DicomFile, IMPLICIT, SYNTAXES, inflate, tag_name
 )
 
 # %% ../../nbs/dicom/06_pixel_data.ipynb #3909944b
@@ -80,7 +80,8 @@ def _check_claim(file, claimed, expected):
 
 def _inflate_pixels(file, expected):
     "A deflated file as far as its pixels, after a look at what they claim"
-    with BoundedReader(inflate(file.path, file.meta_end, file.offset + 12)) as start:
+    header = inflate(file.path, file.meta_end, file.offset + 12)
+    with BoundedBytes(header) as start:
         start.seek(file.offset)
         _check_claim(file, _read_element_header(file, start)[1], expected)
     coded = file.path.stat().st_size - file.meta_end
@@ -92,8 +93,9 @@ def _inflate_pixels(file, expected):
 # %% ../../nbs/dicom/06_pixel_data.ipynb #eaed5ecc
 def _open_pixels(file, expected):
     "A stream in which the pixel element begins at `file.offset`"
-    deflated = file.syntax == DEFLATED
-    return BoundedReader(_inflate_pixels(file, expected) if deflated else file.path)
+    if file.syntax == DEFLATED:
+        return BoundedBytes(_inflate_pixels(file, expected))
+    return BoundedReader(file.path)
 
 def _check_native(file, claimed, left, expected):
     "Compare the claimed length of native pixels with what the image needs and the file has"

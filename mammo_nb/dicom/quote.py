@@ -10,7 +10,7 @@ import re
 from pydicom.config import IGNORE
 from pydicom.uid import UID
 
-# %% ../../nbs/dicom/04_quote.ipynb #93871ddc
+# %% ../../nbs/dicom/04_quote.ipynb #3c24fba0
 _CODE = re.compile('[A-Z0-9_ ]{0,16}')
 _LONG_NUMBER = re.compile('[0-9]{6}') # a date, or the number of a patient
 
@@ -34,14 +34,14 @@ def quote_text(
         return code
     return _length(text)
 
-# %% ../../nbs/dicom/04_quote.ipynb #642b7387
+# %% ../../nbs/dicom/04_quote.ipynb #a32d8308
 def is_plain_text(
     text:str # one value
 )->bool: # at most 64 printable characters
     "Tell whether a text can be a value of its own"
     return len(text) <= 64 and text.isprintable()
 
-# %% ../../nbs/dicom/04_quote.ipynb #cac68fe1
+# %% ../../nbs/dicom/04_quote.ipynb #e0a460b7
 _UID = re.compile('[0-2]([.][0-9]+)+')
 
 def quote_uid(
@@ -56,7 +56,7 @@ def quote_uid(
         return _length(text)
     return text if len(text) <= 16 else f'{text[:16]}...'
 
-# %% ../../nbs/dicom/04_quote.ipynb #dd3ba1bc
+# %% ../../nbs/dicom/04_quote.ipynb #1aeede1e
 def quote_number(
     value:float # any number
 )->str: # at most seven characters, or four digits and an exponent
