@@ -50,7 +50,7 @@ def check_registration(
         check_preparation(part, prepared, where)
     return network
 
-# %% ../../nbs/registration/25_prior_flows.ipynb #53deb030
+# %% ../../nbs/registration/25_prior_flows.ipynb #21f7c67d
 FLOW_CELL = 4 # pixels of the image a cell of a kept flow
 
 def _predict_flow(registration, fixed, moving):
@@ -74,6 +74,7 @@ def _declared_columns(rows):
     columns = history_columns(max(priors))
     return [column for column in columns if column.name in rows]
 
+# %% ../../nbs/registration/25_prior_flows.ipynb #53deb030
 def prior_flows(
     prepared:PreparedCohort, # the prepared images
     rows:pd.DataFrame, # as from `breast_history`
