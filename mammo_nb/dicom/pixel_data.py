@@ -10,7 +10,8 @@ import io, struct
 from pathlib import Path
 from .codestream import LARGE_FRAME, MAX_RATIO
 from mammo_nb.dicom.file import (
-    BoundedBytes, BoundedReader, DEFLATED, DicomError, DicomFile, IMPLICIT, SYNTAXES, inflate, tag_name
+    BoundedBytes, BoundedReader, DEFLATED, DicomError, DicomFile, IMPLICIT, SYNTAXES, inflate,
+    tag_name
 )
 
 # %% ../../nbs/dicom/06_pixel_data.ipynb #3909944b
