@@ -25,7 +25,7 @@ from .view import read_view
 # %% ../../nbs/dicom/24_header.ipynb #31307c2d
 TAGS = tuple('''
     Modality ImageType PresentationIntentType Manufacturer ManufacturerModelName ConversionType
-    BodyPartExamined ImageLaterality Laterality ViewPosition PatientOrientation
+    DetectorType BodyPartExamined ImageLaterality Laterality ViewPosition PatientOrientation
     BreastImplantPresent PartialView PaddleDescription
     Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation
     PhotometricInterpretation PresentationLUTShape
@@ -92,6 +92,9 @@ def select_elements(
     return elements
 
 # %% ../../nbs/dicom/24_header.ipynb #5eebb6e3
+_DETECTORS = ('DIRECT', 'SCINTILLATOR', 'STORAGE')
+_SCANNED = ('DF', 'DV', 'SI', 'SD') # digitized film or video, scanned image or document
+
 @dataclass(frozen=True)
 class Header:
     "Everything but the pixels that is known about a mammogram from its file"
@@ -115,6 +118,16 @@ class Header:
 
     @property
     def columns(self): return self.geometry.columns
+
+    @property
+    def is_digital(self):
+        "Whether a detector made the image; False for a scanned film, and where the tags do not say"
+        tags = self.tags
+        scanned = tags.get('ConversionType') in _SCANNED or 'NominalScannedPixelSpacing' in tags
+        detector = tags.get('DetectorType')
+        if scanned or detector == 'FILM':
+            return False
+        return detector in _DETECTORS or self.kind.startswith('Digital')
 
 # %% ../../nbs/dicom/24_header.ipynb #dded0d5f
 _REMARKS = {

@@ -68,6 +68,7 @@ class _Source:
     ends: tuple # smallest and largest value that can be stored
     spacing: float|None # mm a stored pixel
     notes: tuple # remarks of the file reader
+    digital: bool = False # made by a digital detector: there is no film and no film border
 
 def _stored_source(image, config):
     "The source of a `StoredImage`"
@@ -78,7 +79,7 @@ def _stored_source(image, config):
         return transfer.to_unit(values, config.intensity)
     header, line = image.header, transfer.line(config.intensity)
     return _Source(image.pixels, line, unit, whole_range.to_unit, transfer.stored,
-                   header.pixel_spacing_mm, tuple(header.notes))
+                   header.pixel_spacing_mm, tuple(header.notes), header.is_digital)
 
 # %% ../../nbs/preparation/10_prepare.ipynb #72af1bf0
 def _white_value(pixels, where):
@@ -247,19 +248,30 @@ def _whole_pixels(window, factor, size, stored_shape, border, mirror):
         x1 = min(width-right, x0 + round(w*factor))
     return (x0, y0, x1, y1), (h, w)
 
+def _border_note(border, spacing):
+    "What is left out at which edge, as a tuple of at most one note"
+    cuts = []
+    for side, n in zip(('top', 'bottom', 'left', 'right'), border):
+        if n:
+            size = f'{n} pixels, {n*spacing:.1f} mm' if spacing else f'{n} pixels'
+            cuts.append(f'{size} at the {side}')
+    return (f'film border left out: {"; ".join(cuts)}',) if cuts else ()
+
 def _plan(source, laterality, config, where):
     "The plan for a source"
     stored_shape = source.pixels.shape
     coarse, k = coarse_image(source.pixels)
     mask = breast_mask(source.bright(coarse), where)
-    border = find_film_border(source.pixels, mask, k, source.bright)
+    border = 0, 0, 0, 0
+    if not source.digital:
+        border = find_film_border(source.pixels, mask, k, source.bright)
     mirror, notes = _must_mirror(mask, laterality, config, where)
     window = _crop_window(mask, k, stored_shape, border, mirror, config)
     factor = _scale_factor(window, source.spacing, config, where)
     filled, shape = _whole_pixels(window, factor, config.size, stored_shape, border, mirror)
     if config.crop:
         window = filled
-    notes = source.notes + notes
+    notes = source.notes + notes + _border_note(border, source.spacing)
     return Plan(window, factor, shape, mirror, mask, k, border, notes)
 
 # %% ../../nbs/preparation/10_prepare.ipynb #1e79523d
