@@ -17,7 +17,7 @@ from ..preparation.prepared_cohort import PreparedCohort
 class ImageColumn:
     "What the images of a column must be"
     name:str # of the column with image ids
-    view:str|None=None # `CC`, `MLO`, or `same` as that of the row; `None`: any
+    view:str|None=None # `CC`, `MLO`, `same` as that of the row, or `other`; `None`: any
     laterality:str|None=None # `same` as that of the row, or `other`; `None`: any
     exam:str|None=None # column with the exam id of the images; `None`: any exam
     prior:int=0 # 0: current exam; 1: the exam before it, 2: the one before that
@@ -108,16 +108,19 @@ def claim(self:RowCheck,
     return stated
 
 # %% ../../nbs/samples/04_rows.ipynb #9e26f89b
+_OPPOSITE = dict(laterality={'L': 'R', 'R': 'L'}, view={'CC': 'MLO', 'MLO': 'CC'})
+
 def _expected_facts(check, c):
     "(fact, what the images of a column should have)"
     own = lambda fact: [k for k in check.columns if getattr(k, fact) == 'same']
     yield 'patient_id', check.claim('patient_id', check.columns)
-    if c.laterality:
-        side = check.claim('laterality', own('laterality'))
-        if c.laterality == 'other': side = side.map({'L': 'R', 'R': 'L'})
-        yield 'laterality', side
-    if c.view == 'same': yield 'view', check.claim('view', own('view'))
-    elif c.view: yield 'view', pd.Series(c.view, check.rows.index)
+    for fact, opposite in _OPPOSITE.items():
+        word = getattr(c, fact)
+        if word is None: continue
+        expected = check.claim(fact, own(fact))
+        if word == 'other': expected = expected.map(opposite)
+        elif word != 'same': expected = pd.Series(word, check.rows.index)
+        yield fact, expected
     if c.exam:
         same_exam = [k for k in check.columns if k.exam == c.exam]
         yield 'exam_id', check.claim('exam_id', same_exam, c.exam)
