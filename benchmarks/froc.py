@@ -41,7 +41,7 @@ def make_reading(n_images, n_boxes, decimals, seed):
     scores = 1/(1+np.exp(-scores))
     if decimals:
         scores = scores.round(decimals)
-    corner = corner+.001*np.arange(n_boxes)[:, None] # no box twice
+    corner = corner+.25+.001*np.arange(n_boxes)[:, None] # no box twice, no centre on a border
     return rows, findings, np.concatenate([corner, corner+LESION], 2), scores.astype(np.float32)
 
 def monai_images(monai, rows, findings, boxes, scores):
@@ -52,7 +52,7 @@ def monai_images(monai, rows, findings, boxes, scores):
         labels = np.zeros((SIZE, SIZE), dtype=int)
         if image_id in lesions.index:
             x, y = lesions.loc[image_id]
-            labels[y:y+LESION+1, x:x+LESION+1] = 1 # a centre on the border is inside
+            labels[y:y+LESION, x:x+LESION] = 1
         x, y = (b[:, :2]+b[:, 2:]).T/2
         out.append(monai.compute_fp_tp_probs(s, y, x, labels))
     return out
