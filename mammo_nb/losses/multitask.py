@@ -49,13 +49,13 @@ def birads_target(
     targets = BIRADS_TARGETS | {'4': four}
     return np.array([targets.get(name, np.nan) for name in _parse_all(values)], dtype=np.float64)
 
-# %% ../../nbs/losses/25_multitask.ipynb #6c7ea3f4
+# %% ../../nbs/losses/25_multitask.ipynb #0d3bfa0b
 def nearest_birads(
     values # [N] predictions of the regression; NaN: unknown
 )->list: # [N] categories, `None`: unknown
     "Find the BI-RADS category nearest to each prediction"
     names = list(BIRADS_TARGETS)
-    values = np.asarray(values, dtype=np.float64).reshape(-1, 1)
+    values = np.asarray(values, dtype=np.float64).reshape(-1, 1).clip(0, 1)
     distance = np.abs(values-np.array(list(BIRADS_TARGETS.values())))
     nearest = np.nan_to_num(distance, nan=np.inf).argmin(1)
     unknown = np.isnan(values[:, 0])
