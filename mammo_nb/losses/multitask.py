@@ -27,7 +27,7 @@ def _birads_targets():
 
 BIRADS_TARGETS = _birads_targets()
 
-# %% ../../nbs/losses/25_multitask.ipynb #05073f3a
+# %% ../../nbs/losses/25_multitask.ipynb #145fa0c4
 def _parse_all(values):
     "Categories as texts, `None`: unknown; all wrong values in one error"
     parsed, wrong = [], []
@@ -45,30 +45,34 @@ def birads_target(
     values # [N] BI-RADS categories: texts or numbers, NaN or `None`: unknown
 )->np.ndarray: # [N] in [0, 1]; NaN: missing (unknown, or category 0)
     "Turn BI-RADS categories into targets of a regression"
-    four = np.mean([BIRADS_TARGETS[name] for name in ('4A', '4B', '4C')])
-    targets = BIRADS_TARGETS | {'4': four}
-    return np.array([targets.get(name, np.nan) for name in _parse_all(values)], dtype=np.float64)
+    parts = [BIRADS_TARGETS[name] for name in ('4A', '4B', '4C')]
+    targets = BIRADS_TARGETS | {'4': np.mean(parts)}
+    names = _parse_all(values)
+    found = [targets.get(name, np.nan) for name in names]
+    return np.array(found, dtype=np.float64)
 
-# %% ../../nbs/losses/25_multitask.ipynb #0d3bfa0b
+# %% ../../nbs/losses/25_multitask.ipynb #46163990
 def nearest_birads(
     values # [N] predictions of the regression; NaN: unknown
 )->list: # [N] categories, `None`: unknown
     "Find the BI-RADS category nearest to each prediction"
     names = list(BIRADS_TARGETS)
-    values = np.asarray(values, dtype=np.float64).reshape(-1, 1).clip(0, 1)
-    distance = np.abs(values-np.array(list(BIRADS_TARGETS.values())))
-    nearest = np.nan_to_num(distance, nan=np.inf).argmin(1)
-    unknown = np.isnan(values[:, 0])
+    targets = np.array(list(BIRADS_TARGETS.values()))
+    values = np.asarray(values, dtype=np.float64)
+    unknown = np.isnan(values)
+    values = np.where(unknown, 0, values).clip(0, 1)
+    distance = np.abs(values[:, None]-targets)
+    nearest = distance.argmin(1)
     return [None if u else names[i] for i, u in zip(nearest, unknown)]
 
-# %% ../../nbs/losses/25_multitask.ipynb #06b2d5f8
+# %% ../../nbs/losses/25_multitask.ipynb #316e5457
 WEIGHTINGS = ('learned', 'fixed', 'binary')
 
 class MultiTaskLoss(nn.Module):
     "Cross-entropy of malignancy and squared error of BI-RADS, with learned or fixed weights"
     def __init__(self,
         weighting:str='learned', # `learned`, `fixed`, or `binary`: malignancy alone
-        weight:float=.7, # of the cross-entropy if `fixed`, in [0, 1]; `1-weight` of the squared error
+        weight:float=.7, # of the cross-entropy if `fixed`; `1-weight` of the squared error
         log_variance:tuple=(0., 0.) # where s1 and s2 start
     ):
         super().__init__()
@@ -125,25 +129,29 @@ def forward(self:MultiTaskLoss,
     "Weighted sum of both tasks"
     return sum(self.terms(pred, targets).values())
 
-# %% ../../nbs/losses/25_multitask.ipynb #e71d0ffc
+# %% ../../nbs/losses/25_multitask.ipynb #e2831816
+def _trained(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
 def parameter_groups(
     model:nn.Module, # the network
     loss:nn.Module, # with parameters of its own, such as `MultiTaskLoss`
     weight_decay:float # of the network
 )->list: # groups for a PyTorch optimizer; those of the loss have no weight decay
     "Split the parameters of a network and its loss for an optimizer"
-    groups = [(model, weight_decay), (loss, 0.)]
-    groups = [([p for p in m.parameters() if p.requires_grad], wd) for m, wd in groups]
-    return [dict(params=params, weight_decay=wd) for params, wd in groups if params]
+    groups = [dict(params=_trained(model), weight_decay=weight_decay)]
+    own = _trained(loss)
+    if own:
+        groups.append(dict(params=own, weight_decay=0.))
+    return groups
 
-# %% ../../nbs/losses/25_multitask.ipynb #01df8172
+# %% ../../nbs/losses/25_multitask.ipynb #26250ca3
 def loss_splitter(
     loss:nn.Module # with parameters of its own
 ): # a splitter: model -> groups of parameters, the last those of the loss
     "Make a fastai splitter that trains the parameters of the loss too"
     def split(model):
-        groups = [list(model.parameters()), list(loss.parameters())]
-        groups = [[p for p in group if p.requires_grad] for group in groups]
+        groups = _trained(model), _trained(loss)
         return [group for group in groups if group]
     return split
 

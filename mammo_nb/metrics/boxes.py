@@ -40,9 +40,10 @@ def detections_table(
     sides = np.concatenate(sides)
     return predictions_table(rows, values, system, output, version, sides)
 
-# %% ../../nbs/metrics/23_boxes.ipynb #d965c3b3
+# %% ../../nbs/metrics/23_boxes.ipynb #8a96a8fc
 def _areas(boxes):
-    return (boxes[:, 2:]-boxes[:, :2]).clip(0).prod(1)
+    sides = boxes[:, 2:]-boxes[:, :2]
+    return sides.clip(0).prod(1)
 
 def box_overlaps(
     boxes:np.ndarray, # [K,4] detected: xmin, ymin, xmax, ymax
@@ -80,7 +81,7 @@ def mask_overlap(
         area = detected.sum()
     return float(ratio(shared, area+mask.sum()-shared)), float(ratio(shared, area))
 
-# %% ../../nbs/metrics/23_boxes.ipynb #3e799e19
+# %% ../../nbs/metrics/23_boxes.ipynb #c19ea4c5
 UNITS = ('finding', 'lesion', 'breast', 'exam')
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class BoxMatching:
     inclusive: bool = False # an overlap equal to the threshold hits too
     duplicates: str = 'ignore' # a second box on a finding: `ignore` or `false_positive`
     one_to_one: bool = False # a box finds at most one finding
-    unit: str = 'finding' # counted as one: `finding` in an image, `lesion`, `breast` or `exam` in any view
+    unit: str = 'finding' # what is counted; `lesion`, `breast`, `exam`: found in any view
 
     def __post_init__(self):
         check_in(self.rule, ('iou', 'iop', 'centre'), 'BoxMatching', 'rule')
@@ -99,7 +100,7 @@ class BoxMatching:
         check_in(self.duplicates, ('ignore', 'false_positive'), 'BoxMatching', 'duplicates')
         check_in(self.unit, UNITS, 'BoxMatching', 'unit')
 
-# %% ../../nbs/metrics/23_boxes.ipynb #2be8c2be
+# %% ../../nbs/metrics/23_boxes.ipynb #5a2916cd
 def _sides(boxes):
     "[K,4] float64"
     boxes = np.array(boxes, dtype=np.float64)
@@ -107,19 +108,24 @@ def _sides(boxes):
 
 def _centre_in_box(boxes, targets):
     centre = (boxes[:, :2]+boxes[:, 2:])/2
-    inside = (centre >= targets[:, :2]) & (centre <= targets[:, 2:])
+    after_start = centre >= targets[:, :2]
+    before_end = centre <= targets[:, 2:]
+    inside = after_start & before_end
     return inside.all(1)
 
 def _centre_in_mask(box, mask):
-    column, row = np.floor((box[:2]+box[2:])/2).astype(int)
+    centre = (box[:2]+box[2:])/2
+    column, row = np.floor(centre).astype(int)
     height, width = mask.shape
-    return 0 <= row < height and 0 <= column < width and bool(mask[row, column])
+    if not (0 <= row < height and 0 <= column < width):
+        return False
+    return bool(mask[row, column])
 
 def pair_hits(
     boxes, # [K,4] detected: xmin, ymin, xmax, ymax
     targets, # [K,4] findings
     matching:BoxMatching=BoxMatching(), # the rule
-    masks=None, # [K] of [H,W] bool, pixels of the findings; `None` as a whole or for a pair: its box
+    masks=None, # [K] of [H,W] bool, pixels of the findings; `None`: the box
     regions=None # [K] of [H,W] bool, detected pixels; `None`: the box
 )->tuple: # whether it hits [K] bool; IoU [K]
     "Tell which boxes hit the finding of the same row"
@@ -170,7 +176,7 @@ def match_pairs(
     false[detection[first] if matching.duplicates == 'false_positive' else detection] = False
     return found, false
 
-# %% ../../nbs/metrics/23_boxes.ipynb #6dfe7182
+# %% ../../nbs/metrics/23_boxes.ipynb #09fc0010
 def match_boxes(
     boxes, # [D,4] detected: xmin, ymin, xmax, ymax
     scores, # [D] their scores
@@ -181,9 +187,13 @@ def match_boxes(
     "Match the boxes of one image with its findings"
     boxes, targets = _sides(boxes), _sides(targets)
     scores = np.asarray(scores, dtype=np.float64)
-    detection, target = (o.ravel() for o in np.indices((len(boxes), len(targets))))
-    pixels = None if masks is None else [masks[t] for t in target]
+    n_targets = len(targets)
+    detection = np.repeat(np.arange(len(boxes)), n_targets)
+    target = np.tile(np.arange(n_targets), len(boxes))
+    pixels = None
+    if masks is not None:
+        pixels = [masks[t] for t in target]
     hit, iou = pair_hits(boxes[detection], targets[target], matching, pixels)
     pairs = detection[hit], target[hit], iou[hit]
-    found, false = match_pairs(*pairs, scores, len(targets), matching)
+    found, false = match_pairs(*pairs, scores, n_targets, matching)
     return found, -np.sort(-scores[false])

@@ -47,15 +47,18 @@ def _boxed_findings(findings, read, quiet):
         print(f'{n} of {len(findings)} findings have no box and are not counted')
     return findings[boxed]
 
-# %% ../../nbs/metrics/25_detection.ipynb #70f7d3ef
+# %% ../../nbs/metrics/25_detection.ipynb #500af4ed
 def _breasts(read):
-    return read['exam_id'].astype(str) + ' ' + read['laterality'].astype(str)
+    "Exam and laterality as one name, NaN where unknown"
+    exam, side = read['exam_id'], read['laterality']
+    names = exam.astype(str) + ' ' + side.astype(str)
+    both = exam.notna() & side.notna()
+    return names.where(both)
 
 def _parts(read):
     "Images, breasts and exams that were read, NaN where unknown"
-    breast = _breasts(read).where(read['exam_id'].notna() & read['laterality'].notna())
-    parts = dict(n_images=read.index, n_breasts=breast, n_exams=read['exam_id'])
-    return read[['patient_id']].assign(**parts)
+    parts = read[['patient_id']].assign(n_images=read.index)
+    return parts.assign(n_breasts=_breasts(read), n_exams=read['exam_id'])
 
 def _count_parts(read):
     "Number of images, breasts and exams of each patient"
@@ -81,7 +84,7 @@ def _target_keys(findings, read, unit):
     known = lesions.notna()
     return np.where(known, 'lesion ' + lesions.astype(str), own)
 
-# %% ../../nbs/metrics/25_detection.ipynb #a4618815
+# %% ../../nbs/metrics/25_detection.ipynb #c7172074
 def _pair_masks(detections, findings, pairs, masks, regions):
     "Mask and detected region of each pair, `None` where there is none"
     if masks is None:
@@ -97,20 +100,28 @@ def _pair_masks(detections, findings, pairs, masks, regions):
         out['regions'] = [regions[i] for i in rows]
     return out
 
+def _numbered(table, name):
+    "The image of each row, and the number of the row"
+    rows = np.arange(len(table))
+    images = table[['image_id']]
+    return images.assign(**{name: rows})
+
+def _sides(table):
+    return table[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
+
 def _match_images(detections, findings, matching, masks, regions):
     "Score of each finding, -inf: not found; which detections are false positives"
-    boxes = detections[['image_id']].assign(detection=np.arange(len(detections)))
-    targets = findings[['image_id']].assign(target=np.arange(len(findings)))
+    boxes = _numbered(detections, 'detection')
+    targets = _numbered(findings, 'target')
     pairs = boxes.merge(targets, on='image_id')
-    d, t = (pairs[c].to_numpy() for c in ('detection', 'target'))
-    sides = list(BOX_COLUMNS)
+    d = pairs['detection'].to_numpy()
+    t = pairs['target'].to_numpy()
     pixels = _pair_masks(detections, findings, pairs, masks, regions)
-    a, b = detections[sides].to_numpy(float)[d], findings[sides].to_numpy(float)[t]
-    hit, iou = pair_hits(a, b, matching, **pixels)
+    hit, iou = pair_hits(_sides(detections)[d], _sides(findings)[t], matching, **pixels)
     scores = detections['value'].to_numpy()
     return match_pairs(d[hit], t[hit], iou[hit], scores, len(findings), matching)
 
-# %% ../../nbs/metrics/25_detection.ipynb #54434ed1
+# %% ../../nbs/metrics/25_detection.ipynb #5731d4e3
 def _with_patient(table, read):
     patients = read['patient_id'].loc[table['image_id']]
     return table.assign(patient_id=patients.to_numpy())
@@ -127,13 +138,13 @@ def _by_patient(table, patients):
 
 def froc_table(
     predictions:pd.DataFrame, # boxes of one system, output and version (see `detections_table`)
-    findings:pd.DataFrame, # `image_id, xmin, ymin, xmax, ymax`, perhaps `lesion_id`; pixels of the stored image
-    images:pd.DataFrame|None=None, # `image_id, patient_id` of all images read; `None`: those in `predictions`
+    findings:pd.DataFrame, # `image_id` and boxes, perhaps `lesion_id`; pixels of the stored image
+    images:pd.DataFrame|None=None, # all images read, with their ids; `None`: those in `predictions`
     matching:BoxMatching=BoxMatching(), # when a box hits a finding
-    masks:dict|None=None, # finding_id -> [H,W] bool, pixels of the stored image; others by their box
-    regions=None, # [H,W] bool or `None` for each row of `predictions`: detected pixels; needs `masks`
+    masks:dict|None=None, # finding_id -> [H,W] bool, pixels of the stored image
+    regions=None, # [H,W] bool or `None` for each row of `predictions`: detected pixels
     quiet:bool=False # do not print which findings are left out
-)->pd.DataFrame: # a row a patient: `n_images`, `n_breasts`, `n_exams`, `n_targets`, arrays of scores
+)->pd.DataFrame: # a row a patient: numbers of images, ..., targets; arrays of scores
     "Match detected boxes with findings and collect by patient what a FROC curve needs"
     p = check_predictions(predictions)
     _check_one_output(p)

@@ -6,12 +6,12 @@
 __all__ = ['INTERPOLATIONS', 'FPPI', 'recall_at_fppi', 'froc_curve', 'plot_froc', 'mean_recall', 'evaluate_boxes',
            'froc_difference']
 
-# %% ../../nbs/metrics/30_froc.ipynb #f97f8aba
+# %% ../../nbs/metrics/30_froc.ipynb #47eb1d32
 from functools import partial
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from scipy import sparse
-from ..core.errors import check_in
+from ..core.errors import check_in, check_range
 from .bootstrap import Estimate, bootstrap_values
 from .boxes import BoxMatching
 from .detection import froc_columns, froc_table
@@ -133,11 +133,13 @@ def froc_curve(
     out = dict(fppi=fppi, recall=point[0], low=low, high=high)
     return pd.DataFrame(out)
 
-# %% ../../nbs/metrics/30_froc.ipynb #9dfd5d0e
+# %% ../../nbs/metrics/30_froc.ipynb #8b7cf3fe
 def _draw_curve(ax, name, curve, color):
-    x, low, high = curve['fppi'], curve['low'], curve['high']
-    ax.fill_between(x, low, high, step='post', color=color, alpha=.2, lw=0)
-    ax.step(x, curve['recall'], where='post', color=color, label=name or None)
+    x = curve['fppi']
+    steps = dict(color=color, step='post')
+    ax.fill_between(x, curve['low'], curve['high'], alpha=.2, lw=0, **steps)
+    label = name or None
+    ax.step(x, curve['recall'], where='post', color=color, label=label)
 
 def plot_froc(
     curves, # a table of `froc_curve`, or a dict of them, `{name: table}`
@@ -166,7 +168,7 @@ def mean_recall(
     values = recall_at_fppi(*data, weight=weight, fppi=fppi, interpolate=interpolate)
     return values.mean(-1)
 
-# %% ../../nbs/metrics/30_froc.ipynb #30d1e8e2
+# %% ../../nbs/metrics/30_froc.ipynb #77c3d34f
 def _as_list(tables):
     return [tables] if isinstance(tables, pd.DataFrame) else list(tables)
 
@@ -177,23 +179,31 @@ def _tables(predictions, findings, quiet=False, **options):
 
 def _with_mean(values):
     "[...,K] -> [...,K+1]"
-    return np.append(values, values.mean(-1, keepdims=True), -1)
+    mean = values.mean(-1, keepdims=True)
+    return np.append(values, mean, -1)
 
 def _recall_rows(tables, combine, fppi, interpolate, per, n_boot, seed, level):
     "A row for each fppi and the mean; `combine` [N,...] -> [...] makes one statistic of N tables"
+    check_range(level, .5, .9999, 'evaluate_boxes', 'level')
     metric = partial(recall_at_fppi, fppi=tuple(fppi), interpolate=interpolate)
     draws = dict(n_boot=n_boot, seed=seed, columns=froc_columns(per))
     point, values, n_redrawn = bootstrap_values(tables, metric, **draws)
-    value, values = _with_mean(combine(point)), _with_mean(combine(values))
-    ends = np.quantile(values, [(1-level)/2, (1+level)/2], axis=0)
-    counts = {c: int(tables[0][c].sum()) for c in ('n_targets', 'n_images')}
-    rows, n = [], len(tables[0])
-    for name, *numbers in zip([*(f'recall_{x:g}' for x in fppi), 'mean_recall'], value, *ends):
-        e = Estimate(*map(float, numbers), n, n, level, n_boot, n_redrawn)
-        rows.append(dict(metric=name, **e.row, text=str(e), **counts))
-    return pd.DataFrame(rows).drop(columns='n')
+    value = _with_mean(combine(point))
+    values = _with_mean(combine(values))
+    tails = [(1-level)/2, (1+level)/2]
+    low, high = np.quantile(values, tails, axis=0)
+    n = len(tables[0])
+    names = [f'recall_{x:g}' for x in fppi] + ['mean_recall']
+    rows = []
+    for name, *numbers in zip(names, value, low, high):
+        numbers = [float(o) for o in numbers]
+        e = Estimate(*numbers, n, n, level, n_boot, n_redrawn)
+        rows.append(dict(metric=name, **e.row, text=str(e)))
+    n_targets, n_images = (int(tables[0][c].sum()) for c in ('n_targets', 'n_images'))
+    out = pd.DataFrame(rows).drop(columns='n')
+    return out.assign(n_targets=n_targets, n_images=n_images)
 
-# %% ../../nbs/metrics/30_froc.ipynb #71148013
+# %% ../../nbs/metrics/30_froc.ipynb #c23490b1
 def evaluate_boxes(
     predictions, # boxes of one system, output and version; or a list of tables (training seeds)
     findings:pd.DataFrame, # `image_id` and boxes, pixels of the stored image
@@ -206,14 +216,14 @@ def evaluate_boxes(
     seed:int=0, # of the draws
     level:float=.95, # of the intervals
     masks:dict|None=None # finding_id -> [H,W] bool, see `froc_table`
-)->pd.DataFrame: # a row a metric: `metric, value, low, high, n_targets, n_images, n_groups, ..., text`
+)->pd.DataFrame: # a row a metric: `metric, value, low, high, n_groups, ..., text`
     "Evaluate a detector: recall at numbers of false positives, and their mean"
     options = dict(images=images, matching=matching, masks=masks)
     tables = _tables(_as_list(predictions), findings, **options)
     mean = lambda values: values.mean(0)
     return _recall_rows(tables, mean, fppi, interpolate, per, n_boot, seed, level)
 
-# %% ../../nbs/metrics/30_froc.ipynb #270eb64e
+# %% ../../nbs/metrics/30_froc.ipynb #f42019c1
 def froc_difference(
     predictions_a, # boxes of the first system; or a list of tables (training seeds)
     predictions_b, # of the second system, on the same images
@@ -230,7 +240,10 @@ def froc_difference(
 )->pd.DataFrame: # a row a metric: recall of a minus recall of b, with its interval
     "Compare two detectors on the same resampled patients"
     a, b = _as_list(predictions_a), _as_list(predictions_b)
+    n = len(a)
     options = dict(images=images, matching=matching, masks=masks)
     tables = _tables(a+b, findings, **options)
-    difference = lambda values: values[:len(a)].mean(0) - values[len(a):].mean(0)
+    def difference(values):
+        first, second = values[:n], values[n:]
+        return first.mean(0) - second.mean(0)
     return _recall_rows(tables, difference, fppi, interpolate, per, n_boot, seed, level)
