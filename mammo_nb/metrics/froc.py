@@ -168,7 +168,7 @@ def mean_recall(
     values = recall_at_fppi(*data, weight=weight, fppi=fppi, interpolate=interpolate)
     return values.mean(-1)
 
-# %% ../../nbs/metrics/30_froc.ipynb #77c3d34f
+# %% ../../nbs/metrics/30_froc.ipynb #04a68841
 def _as_list(tables):
     return [tables] if isinstance(tables, pd.DataFrame) else list(tables)
 
@@ -185,6 +185,7 @@ def _with_mean(values):
 def _recall_rows(tables, combine, fppi, interpolate, per, n_boot, seed, level):
     "A row for each fppi and the mean; `combine` [N,...] -> [...] makes one statistic of N tables"
     check_range(level, .5, .9999, 'evaluate_boxes', 'level')
+    check_range(n_boot, 10, None, 'evaluate_boxes', 'n_boot')
     metric = partial(recall_at_fppi, fppi=tuple(fppi), interpolate=interpolate)
     draws = dict(n_boot=n_boot, seed=seed, columns=froc_columns(per))
     point, values, n_redrawn = bootstrap_values(tables, metric, **draws)
