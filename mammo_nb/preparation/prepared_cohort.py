@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from fastcore.meta import delegates
+from ..cohort.image_size import fit_tables, has_places
 from ..core.errors import InputError
 from ..core.monitor import usable_cores
 from ..core.progress import progress_bar
 from .cache import Cache
 from .prepare import PrepareConfig
 from .prepared import Prepared
+from .sources import image_size, refuse_same_files
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #7d5d2c15
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class PreparedCohort:
         keys:dict, # image_id -> key of its entry
         failures, # DataFrame: image_id, path, what, found, expected
         n_prepared:int=0, # images prepared by this call
-        n_cached:int=0 # images that were in the cache before
+        n_cached:int=0, # images that were in the cache before
+        table_sizes=None # image_id -> (rows, cols) of its table before it was scaled
     ):
         self.cohort, self.cache, self.config = cohort, cache, config
         self.keys, self.failures = keys, failures
@@ -61,6 +64,8 @@ class PreparedCohort:
         self._files = {f.image_id: f for f in image_files(cohort)[0]}
         self._spacing_mm = _known_spacing(cohort.images)
         self._boxes = _boxes_by_image(cohort.findings)
+        self._extent = _extent_by_image(cohort.images, self._boxes)
+        self.table_sizes = table_sizes or {}
 
     def __len__(self):
         return len(self.keys)
@@ -74,6 +79,17 @@ def _boxes_by_image(findings):
     "image_id -> [N,4] xyxy, stored pixels"
     corners = ['xmin', 'ymin', 'xmax', 'ymax']
     return {i: rows[corners].to_numpy(float) for i, rows in findings.groupby('image_id')}
+
+def _extent_by_image(images, boxes):
+    "image_id -> (rows, cols) of the table, and the last row and column of a place; NaN: unknown"
+    names = ['rows', 'cols', 'nipple_row', 'nipple_col']
+    values = images.reindex(columns=names).to_numpy(float)
+    extent = {}
+    for image_id, (*size, row, col) in zip(images.image_id, values):
+        places = boxes.get(image_id, np.zeros((0, 4)))
+        row, col = np.fmax.reduce(places[:, [3, 2]], axis=0, initial=np.nan) if len(places) else (row, col)
+        extent[image_id] = (*size, row, col)
+    return extent
 
 def _known_spacing(images):
     "image_id -> mm a stored pixel, where the images table has it"
