@@ -15,14 +15,12 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from ..cohort.image_size import fit_tables, has_places
 from ..core.errors import InputError
 from ..core.monitor import usable_cores
 from ..core.progress import progress_bar
 from .cache import Cache
 from .prepare import PrepareConfig
 from .prepared import Prepared
-from .sources import image_size, refuse_same_files
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #7d5d2c15
 @dataclass(frozen=True)
@@ -233,8 +231,16 @@ def _collect(cohort, cache, config, keys, failures, n_prepared, table_sizes):
     return PreparedCohort(cohort, cache, config, good, table, n_prepared, n_cached, table_sizes)
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #9ce11bbc
+def _refuse_same_files(cohort, files, cache):
+    "Refuse one file as several patients, exams, sides or views"
+    from mammo_nb.preparation.sources import refuse_same_files
+    paths = {f.image_id: f.path for f in files}
+    refuse_same_files(cohort.images, paths, partial(_known_checksum, cache), cache.checksum)
+
 def _stored_sizes(cohort, files, shapes):
     "image_id -> (rows, cols) of the images whose tables have a place; from the cache or the header"
+    from mammo_nb.cohort.image_size import has_places # not in the worker processes
+    from mammo_nb.preparation.sources import image_size
     images = cohort.images
     compared = set(images.image_id[has_places(images, cohort.findings)])
     files = [f for f in files if f.image_id in compared]
@@ -242,6 +248,7 @@ def _stored_sizes(cohort, files, shapes):
 
 def _fit_cohort(cohort, sizes, on_size_mismatch):
     "(cohort in pixels of the stored images, image_id -> size in the table if that was scaled)"
+    from mammo_nb.cohort.image_size import fit_tables
     where = 'prepare_cohort'
     images, findings = fit_tables(cohort.images, cohort.findings, sizes, on_size_mismatch, where)
     if images is cohort.images:
@@ -267,9 +274,7 @@ def prepare_cohort(
     cache = folder if isinstance(folder, Cache) else Cache(folder)
     cache.sweep()
     files, failures = image_files(cohort)
-    paths = {f.image_id: f.path for f in files}
-    known = partial(_known_checksum, cache)
-    refuse_same_files(cohort.images, paths, known, cache.checksum)
+    _refuse_same_files(cohort, files, cache)
     keys, shapes = _cached_entries(cache, files, config)
     sizes = _stored_sizes(cohort, files, shapes)
     cohort, table_sizes = _fit_cohort(cohort, sizes, on_size_mismatch)

@@ -113,4 +113,6 @@ def refuse_same_files(
     checksum:Callable=file_sha256 # as of `same_content`
 ): # nothing; raises `TableError`
     "Refuse one file as several patients, exams, sides or views"
-    raise_faults(same_file_faults(images, same_content(paths, known, checksum)))
+    groups = same_content(paths, known, checksum)
+    groups = [group for group in groups if image_size(paths[group[0]]) is not None]
+    raise_faults(same_file_faults(images, groups))
