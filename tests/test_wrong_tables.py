@@ -148,7 +148,8 @@ def test_a_wrong_rule_is_named(tables, tmp_path):
 
 
 def test_masks_have_the_size_of_the_image_or_of_the_scaled_table(tables, tmp_path):
-    disc = breast() > 200
+    y, x = np.mgrid[:240, :160] + .5
+    disc = np.hypot(y-110, x-50) < 20
     Image.fromarray(disc).save(tmp_path/'mask.png')
     Image.fromarray(disc[::2, ::2]).save(tmp_path/'half.png')
     images, findings = tables
@@ -159,7 +160,7 @@ def test_masks_have_the_size_of_the_image_or_of_the_scaled_table(tables, tmp_pat
         half = Cohort(images, findings.assign(mask_path=name), tmp_path)
         scaled = prepare_cohort(half, tmp_path/'c', on_size_mismatch='scale', **SMALL)
         a, b = read_lesion_mask(prepared, 'CC'), read_lesion_mask(scaled, 'CC')
-        assert (a & b).sum()/(a | b).sum() > (.99 if name == 'mask.png' else .8)
+        assert (a & b).sum()/(a | b).sum() > (.99 if name == 'mask.png' else .9)
     prepared.cohort.findings['mask_path'] = 'half.png'
     with pytest.raises(InputError, match=r'half.png: size of the mask: found \(120, 80\)'):
         read_lesion_mask(prepared, 'CC')
@@ -359,7 +360,8 @@ def test_ids_that_really_differ_are_allowed_and_stay_so(tmp_path):
     check_split(again)
     check_split(again.select("split == 'train'"), again.select("split == 'test'"))
     assert again.patients == ['A', 'a']
-    assert len(Cohort.concat([again, again], keys=['x', 'y']).patients) == 4
+    other = again.with_tables(again.images.assign(path=['k.png', 'l.png']))
+    assert len(Cohort.concat([again, other], keys=['x', 'y']).patients) == 4
     with pytest.raises(InputError, match='on_similar_ids'):
         Cohort(two_patients('a', 'b'), on_similar_ids='yes')
 
@@ -379,7 +381,7 @@ def test_a_hundred_thousand_ids_take_seconds(form):
     start = time.process_time()
     Cohort(images)
     assert time.process_time() - start < 20
-    images.loc[n-1, 'patient_id'] = images.patient_id[0].lower() + ' '*0 + '\u200b'
+    images.loc[n-1, 'patient_id'] = images.patient_id[0].lower() + '\u200b'
     with pytest.raises(InputError, match='rows 0, 99999: column patient_id'):
         Cohort(images)
 

@@ -61,19 +61,22 @@ def _scales_alike(images, stored):
 
 def _scaled(images, findings, stored, wrong):
     "Both tables in pixels of the stored images; images that are not `wrong` stay as they are"
-    factor = (stored/images[['rows', 'cols']]).where(wrong, 1., axis=0)
+    new = stored.where(wrong, 1., axis=0)
+    old = images[['rows', 'cols']].where(wrong, 1., axis=0)
     images = images.assign(
         rows=images['rows'].where(~wrong, stored['rows']),
         cols=images['cols'].where(~wrong, stored['cols']),
-        nipple_row=images.nipple_row*factor['rows'],
-        nipple_col=images.nipple_col*factor['cols'],
-        pixel_spacing_mm=images.pixel_spacing_mm/np.sqrt(factor.prod(axis=1)))
-    of_image = images[['rows', 'cols']].join(factor, rsuffix='_factor').set_axis(images.image_id)
-    of_image = of_image.reindex(findings.image_id).set_axis(findings.index)
-    sides = {k: 'cols' if k[0] == 'x' else 'rows' for k in BOX}
-    boxes = {k: findings[k]*of_image[f'{side}_factor'] for k, side in sides.items()}
-    last = {k: boxes[k].clip(upper=of_image[sides[k]]) for k in ('xmax', 'ymax')} # rounding
-    return images, findings.assign(**(boxes | last))
+        nipple_row=images.nipple_row*new['rows']/old['rows'],
+        nipple_col=images.nipple_col*new['cols']/old['cols'],
+        pixel_spacing_mm=images.pixel_spacing_mm*np.sqrt((old/new).prod(axis=1)))
+    new, old, size = (t.set_axis(images.image_id).reindex(findings.image_id).set_axis(findings.index)
+                      for t in (new, old, images[['rows', 'cols']]))
+    boxes = {}
+    for k in BOX:
+        side = 'cols' if k[0] == 'x' else 'rows'
+        place = findings[k]*new[side]/old[side]
+        boxes[k] = place.where(~(place > size[side]), size[side]) # rounding
+    return images, findings.assign(**boxes)
 
 # %% ../../nbs/cohort/04_image_size.ipynb #b93cb934
 def _outside_fault(t, table, outside, columns, stored):
