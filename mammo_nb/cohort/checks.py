@@ -169,7 +169,9 @@ class DistinctIds:
     @property
     def columns(self):
         "The columns that the rule reads"
-        return (self.key, self.within) if self.within else (self.key,)
+        if self.within is None:
+            return (self.key,)
+        return self.key, self.within
 
     def faults(self, t):
         "One fault with all groups of similar ids, if there are any"

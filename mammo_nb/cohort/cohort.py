@@ -250,9 +250,11 @@ def _pixels_to_draw(path, read):
 
 def _findings_to_draw(cohort, rows, images, on_size_mismatch):
     "Findings in pixels of the images; raises `InputError` if a size is not that of the table"
-    findings = cohort.findings[cohort.findings.image_id.isin(rows.image_id)]
+    in_exam = cohort.findings.image_id.isin(rows.image_id)
+    findings, where = cohort.findings[in_exam], 'Cohort.show_exam'
     sizes = {i: image.shape[:2] for i, image in images.items()}
-    return fit_tables(rows, findings, sizes, on_size_mismatch, 'Cohort.show_exam')[1]
+    _, findings = fit_tables(rows, findings, sizes, on_size_mismatch, where)
+    return findings
 
 def _boxes_to_draw(findings, image_id):
     "Boxes [N,4] of an image, and their N texts"

@@ -22,14 +22,17 @@ def stored_sizes(
     sizes:dict # image_id -> (rows, cols) of the stored image; unknown ones are missing
 )->pd.DataFrame: # rows, cols, by the index of the table; NaN where unknown
     "Arrange the sizes of files like the images table"
-    known = [sizes.get(i) or (np.nan, np.nan) for i in images.image_id]
-    values = np.array(known, dtype=np.float64).reshape(-1, 2)
-    return pd.DataFrame(values, images.index, ['rows', 'cols'])
+    unknown = (np.nan, np.nan)
+    known = [sizes.get(i) or unknown for i in images.image_id]
+    columns = ['rows', 'cols']
+    return pd.DataFrame(known, images.index, columns, dtype=np.float64)
 
 def _differs(images, stored):
     "Images whose table has another number of rows or columns than the file"
-    known = images[['rows', 'cols']].notna() & stored.notna()
-    return (known & (images[['rows', 'cols']] != stored)).any(axis=1)
+    table = images[['rows', 'cols']]
+    known = table.notna() & stored.notna()
+    differs = known & (table != stored)
+    return differs.any(axis=1)
 
 def _size_faults(images, stored, wrong, reason):
     "A fault for each pair of sizes, with the images that have it"
@@ -59,6 +62,11 @@ def _scales_alike(images, stored):
     low, high = ((small-1)/large).max(axis=1), ((small+1)/large).min(axis=1)
     return (low < high) & table.notna().all(axis=1)
 
+def _by_finding(t, images, findings):
+    "A table with a row for each image as one with a row for each finding"
+    t = t.set_axis(images.image_id)
+    return t.reindex(findings.image_id).set_axis(findings.index)
+
 def _scaled(images, findings, stored, wrong):
     "Both tables in pixels of the stored images; images that are not `wrong` stay as they are"
     new = stored.where(wrong, 1., axis=0)
@@ -69,8 +77,8 @@ def _scaled(images, findings, stored, wrong):
         nipple_row=images.nipple_row*new['rows']/old['rows'],
         nipple_col=images.nipple_col*new['cols']/old['cols'],
         pixel_spacing_mm=images.pixel_spacing_mm*np.sqrt((old/new).prod(axis=1)))
-    new, old, size = (t.set_axis(images.image_id).reindex(findings.image_id).set_axis(findings.index)
-                      for t in (new, old, images[['rows', 'cols']]))
+    new, old = (_by_finding(t, images, findings) for t in (new, old))
+    size = _by_finding(images[['rows', 'cols']], images, findings)
     boxes = {}
     for k in BOX:
         side = 'cols' if k[0] == 'x' else 'rows'
@@ -100,11 +108,16 @@ def outside_faults(
     stored:pd.DataFrame # of `stored_sizes`
 )->list: # of `TableFault`
     "Find boxes and nipples that lie outside the stored image"
-    nipple = (images.nipple_row > stored['rows']) | (images.nipple_col > stored['cols'])
-    faults = _outside_fault(images, 'images', nipple, ('nipple_row', 'nipple_col'), stored)
-    size = stored.set_axis(images.image_id).reindex(findings.image_id).set_axis(findings.index)
-    box = (findings.xmax > size['cols']) | (findings.ymax > size['rows'])
-    return faults + _outside_fault(findings, 'findings', box, ('xmax', 'ymax'), size)
+    below = images.nipple_row > stored['rows']
+    beside = images.nipple_col > stored['cols']
+    shown = ('nipple_row', 'nipple_col')
+    faults = _outside_fault(images, 'images', below | beside, shown, stored)
+
+    size = _by_finding(stored, images, findings)
+    below = findings.ymax > size['rows']
+    beside = findings.xmax > size['cols']
+    faults += _outside_fault(findings, 'findings', below | beside, ('xmax', 'ymax'), size)
+    return faults
 
 # %% ../../nbs/cohort/04_image_size.ipynb #d135b576
 def fit_tables(
@@ -135,6 +148,7 @@ def has_places(
     findings:pd.DataFrame # typed findings table
 )->pd.Series: # boolean, for each image
     "Tell which images have a size, a nipple or a box that a file can contradict"
-    boxes = findings.image_id[findings[list(BOX)].notna().any(axis=1)]
+    has_box = findings[list(BOX)].notna().any(axis=1)
     columns = ['rows', 'cols', 'nipple_row', 'nipple_col']
-    return images[columns].notna().any(axis=1) | images.image_id.isin(boxes)
+    has_place = images[columns].notna().any(axis=1)
+    return has_place | images.image_id.isin(findings.image_id[has_box])

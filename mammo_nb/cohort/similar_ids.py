@@ -15,11 +15,17 @@ _LEADING_ZEROS = re.compile('(?<![0-9])0+(?=[0-9])')
 _BLANKS = re.compile('[\\x00-\\x09\\x0b-\\x20\\x7f]+') # ASCII, all but the end of a line
 _INVISIBLE = ('Cc', 'Cf', 'Zs', 'Zl', 'Zp') # control, format (without width), and blanks
 
+def _visible_letter(c):
+    "A character, a digit in ASCII; nothing for blanks and invisible characters"
+    if unicodedata.category(c) in _INVISIBLE:
+        return ''
+    digit = unicodedata.decimal(c, None)
+    return c if digit is None else str(digit)
+
 def _visible_letters(text):
     "A text in one normal form, without blanks and invisible characters"
     text = unicodedata.normalize('NFKC', text.casefold())
-    text = ''.join(c for c in text if unicodedata.category(c) not in _INVISIBLE)
-    text = ''.join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    text = ''.join(map(_visible_letter, text))
     return unicodedata.normalize('NFKC', text.casefold())
 
 def id_keys(

@@ -74,6 +74,7 @@ class PreparedCohort:
         return (f'PreparedCohort: {len(self)} images of {rows} x {cols} '
                 f'({self.n_prepared} prepared, {self.n_cached} from the cache), {len(self.failures)} failed')
 
+# %% ../../nbs/preparation/25_prepared_cohort.ipynb #9f1f2912
 def _boxes_by_image(findings):
     "image_id -> [N,4] xyxy, stored pixels"
     corners = ['xmin', 'ymin', 'xmax', 'ymax']
@@ -82,9 +83,10 @@ def _boxes_by_image(findings):
 def _extent_by_image(images, findings):
     "image_id -> [rows, cols, last row and last column of a place]; NaN where the tables have none"
     last = findings.groupby('image_id')[['ymax', 'xmax']].max().reindex(images.image_id)
-    t = images.reindex(columns=['rows', 'cols', 'nipple_row', 'nipple_col']).to_numpy(float)
-    places = np.fmax(t[:, 2:], last.to_numpy(float))
-    return dict(zip(images.image_id, np.hstack([t[:, :2], places]).tolist()))
+    columns = ['rows', 'cols', 'nipple_row', 'nipple_col']
+    t = images.reindex(columns=columns).to_numpy(float)
+    t[:, 2:] = np.fmax(t[:, 2:], last.to_numpy(float))
+    return dict(zip(images.image_id, t.tolist()))
 
 def _known_spacing(images):
     "image_id -> mm a stored pixel, where the images table has it"
@@ -189,6 +191,13 @@ def _choose_config(config, settings):
         raise InputError('prepare_cohort', 'config', repr(config), 'a PrepareConfig')
     return config
 
+def _file_size(path):
+    "Bytes, 0 for a file that does not exist"
+    if not os.path.exists(path):
+        return 0
+    return os.path.getsize(path)
+
+# %% ../../nbs/preparation/25_prepared_cohort.ipynb #9878046a
 def _cached_entry(cache, file, config):
     "(key, stored shape) of a file whose entry exists, `None` twice where there is work to do"
     try:
@@ -199,9 +208,10 @@ def _cached_entry(cache, file, config):
 
 def _cached_entries(cache, files, config):
     "(keys, stored shapes) of all files, `None` where there is work to do"
-    entries = {f.image_id: _cached_entry(cache, f, config) for f in files}
-    return ({i: key for i, (key, _) in entries.items()},
-            {i: shape for i, (_, shape) in entries.items()})
+    keys, shapes = {}, {}
+    for f in files:
+        keys[f.image_id], shapes[f.image_id] = _cached_entry(cache, f, config)
+    return keys, shapes
 
 def _known_checksum(cache, path):
     "The checksum of a file that has not changed, else `None`"
@@ -209,12 +219,6 @@ def _known_checksum(cache, path):
         return cache.known_checksum(path)
     except OSError:
         return None
-
-def _file_size(path):
-    "Bytes, 0 for a file that does not exist"
-    if not os.path.exists(path):
-        return 0
-    return os.path.getsize(path)
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #cd38007e
 def _collect(cohort, cache, config, keys, failures, n_prepared, table_sizes):

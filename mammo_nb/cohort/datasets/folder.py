@@ -205,12 +205,13 @@ def _patient_number(identity):
 def identity_table(
     rows:list, # of dicts with `path`, `exam_id` and `exam_date`
     identities:dict # path -> elements of the header that identify a patient
-)->pd.DataFrame: # path, folder, number, patient (equal for one patient, '' if unknown) and day
+)->pd.DataFrame: # path, folder, day, number, and patient: equal for one patient, empty if unknown
     "List what the headers say about the patient of each file"
-    found = [(row['path'], row['exam_id'], _patient_number(identities.get(row['path'], {})),
-              row['exam_date']) for row in rows]
-    t = pd.DataFrame(found, columns=['path', 'folder', 'number', 'day'])
-    return t.assign(patient=t.number.map(id_key), day=pd.to_datetime(t.day))
+    columns = ['path', 'exam_id', 'exam_date']
+    t = pd.DataFrame(rows, columns=columns).set_axis(['path', 'folder', 'day'], axis=1)
+    number = t.path.map(lambda path: _patient_number(identities.get(path, {})))
+    patient = number.map(id_key)
+    return t.assign(number=number, patient=patient, day=pd.to_datetime(t.day))
 
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #b4ef7b78
 _BELIEVE = "on_identity_mismatch='folder' or 'tags' tells which to believe"
