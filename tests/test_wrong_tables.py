@@ -304,6 +304,32 @@ def test_the_command_has_the_option(tmp_path, capsys):
     assert mammo_prepare(str(tmp_path/'d'), str(tmp_path/'c'), on_identity_mismatch='folder', **options) == 0
 
 
+def test_days_apart_are_refused_by_tags_too_without_a_number(tmp_path):
+    put(tmp_path/'a/1.dcm')
+    put(tmp_path/'a/2.dcm', day='2025-05-02')
+    assert 'days apart in one folder: a/1.dcm and a/2.dcm' in refused(tmp_path, on_identity_mismatch='tags')
+    assert len(dicom_folder(tmp_path, 'folder', on_identity_mismatch='folder')[0]) == 2
+
+
+def test_names_are_compared_where_numbers_are_empty_and_never_quoted(tmp_path):
+    put(tmp_path/'a/1.dcm', PatientID='', PatientName='Doe^Jane', PatientBirthDate='19600102')
+    put(tmp_path/'a/2.dcm', PatientID='', PatientName='Roe^Mary', PatientBirthDate='19600102', view='MLO')
+    put(tmp_path/'b/1.dcm', PatientID='', PatientName='DOE^JANE', PatientBirthDate='19600102')
+    put(tmp_path/'c/1.dcm', PatientID='', PatientName='Doe^Jane', PatientBirthDate='19700102')  # another of this name
+    message = refused(tmp_path)
+    assert '2 patients in one folder: a/1.dcm, a/2.dcm' in message and 'one patient in 2 folders: a, b,' in message
+    images = dicom_folder(tmp_path, 'folder', on_identity_mismatch='tags', pseudonyms=False)[0].images
+    assert images.patient_id.nunique() == 3
+    for hers in ('Doe', 'Roe', 'Jane', 'Mary', '1960'):
+        assert hers.lower() not in (message + images.to_csv()).lower()
+
+
+def test_files_of_nobody_are_patients_of_their_folders_by_tags(tmp_path):
+    for name in 'ab':
+        put(tmp_path/name/'1.dcm', PatientID='ANONYMOUS', PatientName='')
+    assert dicom_folder(tmp_path, 'folder', on_identity_mismatch='tags')[0].patients == ['a', 'b']
+
+
 # ---- ids that differ only by case, leading zeros, blanks or form
 
 SIMILAR = [('P17', 'p17'), ('P17', 'P017'), ('17', '0017'), ('P17', 'P 17'), ('P17', 'P\u200b17'), ('P17', 'P\u00a017'), ('P17', 'P\ufeff17'),
