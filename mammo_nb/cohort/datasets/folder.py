@@ -136,9 +136,9 @@ def _patient_number(number):
 
 def _hash_person(path):
     "A hash of name and birth date; empty where the name is empty or names nobody"
-    ds = open_dicom(path).ds
+    ds, elements = open_dicom(path).ds, ('PatientName', 'PatientBirthDate')
     try:
-        name, born = (str(read_value(ds, k, path) or '') for k in ('PatientName', 'PatientBirthDate'))
+        name, born = (str(read_value(ds, k, path) or '') for k in elements)
     except DicomError: # an element that cannot be read tells nothing; it is never quoted
         return ''
     name = _patient_number(name.replace('^', ' ').strip())
@@ -224,7 +224,7 @@ def _without_raw_copies(rows):
 def identity_table(
     rows:list, # of dicts with `path`, `exam_id` and `exam_date`
     identities:dict # path -> elements of the header that identify a patient
-)->pd.DataFrame: # path, folder, day, number, and patient: equal for one patient, empty if unknown
+)->pd.DataFrame: # path, folder, day, number; patient: equal for one, empty if unknown
     "List what the headers say about the patient of each file"
     columns = ['path', 'exam_id', 'exam_date']
     t = pd.DataFrame(rows, columns=columns).set_axis(['path', 'folder', 'day'], axis=1)
