@@ -365,7 +365,8 @@ def dicom_folder(
 )->tuple: # `(Cohort, left out)`; the second a DataFrame: `path, what, found, expected`
     "Make a cohort from the headers of the DICOM files in a folder"
     check_in(group, GROUPS, 'dicom_folder', 'group')
-    check_in(on_identity_mismatch, ('raise', 'folder', 'tags'), 'dicom_folder', 'on_identity_mismatch')
+    rules, where = ('raise', *GROUPS), 'dicom_folder'
+    check_in(on_identity_mismatch, rules, where, 'on_identity_mismatch')
     folder, walk = Path(folder), _Walk(folder)
     options = dict(group=group, pseudonyms=pseudonyms, raw=raw)
     rows, left_out, identities = _read_rows(walk, **options)
