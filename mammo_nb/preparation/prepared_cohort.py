@@ -170,7 +170,7 @@ def _cached_key(cache, file, config):
     "The key of a file whose entry exists, `None` where there is work to do"
     try:
         return cache.lookup(file.path, file.laterality, config)[0]
-    except OSError:
+    except (OSError, InputError): # `prepare_file` tells what is wrong
         return None
 
 def _file_size(path):
