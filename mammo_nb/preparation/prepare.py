@@ -17,6 +17,7 @@ from ..core.geometry import Affine, mask_box
 from mammo_nb.preparation.breast_mask import (
     breast_mask, chest_wall_side, coarse_image, find_film_border
 )
+from .skin_line import film_mask
 from .prepared import Prepared
 from .resampling import resample, sample_matrix
 
@@ -261,7 +262,8 @@ def _plan(source, laterality, config, where):
     "The plan for a source"
     stored_shape = source.pixels.shape
     coarse, k = coarse_image(source.pixels)
-    mask = breast_mask(source.bright(coarse), where)
+    find = breast_mask if source.digital else film_mask
+    mask = find(source.bright(coarse), where)
     border = 0, 0, 0, 0
     if not source.digital:
         border = find_film_border(source.pixels, mask, k, source.bright)
