@@ -6,13 +6,14 @@
 __all__ = ['INSIDE', 'OUTSIDE', 'strip_depth', 'film_window', 'remove_labels', 'outline', 'skin_offsets', 'follow_skin',
            'film_mask']
 
-# %% ../../nbs/preparation/02_skin_line.ipynb #7c47dc56
+# %% ../../nbs/preparation/02_skin_line.ipynb #ea17eb80
 from pathlib import Path
 import numpy as np
 from scipy import ndimage
+from ..core.errors import InputError
 from .breast_mask import breast_mask, cut_light_strips, li_threshold, thick_core
 
-# %% ../../nbs/preparation/02_skin_line.ipynb #9bb84043
+# %% ../../nbs/preparation/02_skin_line.ipynb #80bac748
 def strip_depth(
     x:np.ndarray, # [h,w] coarse film, not negative
     most:float=.12, # largest depth, part of the height
@@ -28,7 +29,7 @@ def strip_depth(
         before = grey[row-2:row].mean(0)
         after = grey[row+1:row+3].mean(0)
         if (np.abs(after-before) > jump).mean() >= share: depth = row+1
-    return depth
+    return depth if depth > .02*len(x) else 0 # a thinner one is the border of the film
 
 # %% ../../nbs/preparation/02_skin_line.ipynb #decdf116
 def film_window(
@@ -209,7 +210,7 @@ def _bright_parts(x, left_out, mask, step):
         if levels[1]-levels[0] > .15*(levels[2]-levels[0]): kept |= piece
     return kept
 
-# %% ../../nbs/preparation/02_skin_line.ipynb #0cfecbff
+# %% ../../nbs/preparation/02_skin_line.ipynb #b7922d91
 _AROUND = 26 # steps that film and mask are continued beyond the frame
 
 def follow_skin(
@@ -233,6 +234,11 @@ def follow_skin(
     found[rows[-1]+further+1:] = False
     return found
 
+def _first_mask(x, film, cols, where):
+    "The threshold mask of the film, or, where the breast fills it, of the image around it"
+    try: return breast_mask(film, where)
+    except InputError: return breast_mask(x, where)[:len(film), cols]
+
 def film_mask(
     x:np.ndarray, # [h,w] a coarse film, dense tissue bright, not negative
     where:str|Path='film_mask' # named in the error
@@ -240,12 +246,13 @@ def film_mask(
     "Find the breast on a scanned film"
     x = np.asarray(x, np.float32)
     rows, cols = film_window(x)
+    top = rows.start or 0
+    top += strip_depth(x[rows, cols])
+    rows = slice(top, rows.stop)
     film = x[rows, cols]
-    depth = strip_depth(film)
-    film = film[depth:]
-    first = breast_mask(film, where)
+    first = _first_mask(x[top:], film, cols, where)
     found = _largest_piece(cut_light_strips(follow_skin(film, first)))
     if (found != first).sum() > first.sum()/3: found = first
     whole = np.zeros(x.shape, bool)
-    whole[rows, cols][depth:] = ndimage.binary_fill_holes(found)
+    whole[rows, cols] = ndimage.binary_fill_holes(found)
     return whole
