@@ -9,11 +9,9 @@ from mammo_nb.core.hub import HubModel
 from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.systems import System, predict, register
 from mammo_nb.metrics.bootstrap import bootstrap_ci, paired_difference
-from mammo_nb.metrics.boxes import BoxMatching, box_hits, detections_table, match_boxes
-from mammo_nb.metrics.detection import (
-    FROC_COLUMNS, evaluate_boxes, froc_curve, froc_table, mean_sensitivity,
-    sensitivity_at_fppi
-)
+from mammo_nb.metrics.boxes import BoxMatching, detections_table, match_boxes, pair_hits
+from mammo_nb.metrics.detection import froc_columns, froc_table
+from mammo_nb.metrics.froc import evaluate_boxes, froc_curve, mean_recall, recall_at_fppi
 from mammo_nb.metrics.predictions import (
     has_box, predictions_table, read_predictions, write_predictions
 )
@@ -25,6 +23,7 @@ from mammo_nb.preparation.prepared_cohort import prepare_cohort
 from mammo_nb.samples.dataset import SampleDataset
 from mammo_nb.samples.sample import Sample
 
+FROC_COLUMNS = froc_columns()
 FINDING_COLUMNS = ['image_id', 'lesion_id', 'xmin', 'ymin', 'xmax', 'ymax']
 
 def two_boxes(scores=(.9, .2), output='probability'):
@@ -89,21 +88,29 @@ def test_labels_join_to_every_box():
 
 def test_the_threshold_of_the_overlap():
     boxes, target = [(10, 0, 30, 20)], [(0, 0, 20, 20)]  # 200 of 600 pixels in common
-    hits = [box_hits(boxes, target, BoxMatching(threshold=t))[0][0, 0] for t in (.33, 1/3, .34)]
-    assert hits == [True, True, False]
+    above = [pair_hits(boxes, target, BoxMatching(threshold=t))[0][0] for t in (.33, 1/3, .34)]
+    assert above == [True, False, False]
+    inclusive = BoxMatching(threshold=1/3, inclusive=True)
+    assert pair_hits(boxes, target, inclusive)[0][0]
 
 @pytest.mark.parametrize('box, expected', [
     ((9, 9, 11, 11), True), ((-20, -20, 60, 60), True), ((19, 19, 23, 23), False),
     ((18, 18, 22, 22), True)])
 def test_the_centre_of_the_box(box, expected):
-    assert box_hits([box], [(0, 0, 20, 20)], BoxMatching('centre'))[0][0, 0] == expected
+    assert pair_hits([box], [(0, 0, 20, 20)], BoxMatching('centre'))[0][0] == expected
 
-def test_one_box_finds_one_finding():
+def test_one_box_finds_both_findings_that_it_hits():
     targets = [(0, 0, 20, 20), (5, 0, 25, 20)]
-    found, false = match_boxes([(4, 0, 24, 20)], [.9], targets)
+    found, false = match_boxes([(4, 0, 24, 20), (5, 0, 25, 20)], [.9, .5], targets)
+    assert found.tolist() == [.9, .9]
+    assert false.tolist() == []
+
+def test_one_to_one_a_box_finds_one_finding():
+    targets, rule = [(0, 0, 20, 20), (5, 0, 25, 20)], BoxMatching(one_to_one=True)
+    found, false = match_boxes([(4, 0, 24, 20)], [.9], targets, rule)
     assert found.tolist() == [-np.inf, .9]  # the one that it overlaps more
     assert false.tolist() == []
-    found, _ = match_boxes([(4, 0, 24, 20), (5, 0, 25, 20)], [.9, .5], targets)
+    found, _ = match_boxes([(4, 0, 24, 20), (5, 0, 25, 20)], [.9, .5], targets, rule)
     assert found.tolist() == [.5, .9]
 
 def test_an_image_without_boxes_or_findings():
@@ -155,8 +162,8 @@ def test_froc_by_hand():
     assert t['n_targets'].tolist() == [2, 1, 0]
     data = [t[c] for c in FROC_COLUMNS]
     for fppi, expected in CORNERS:
-        assert sensitivity_at_fppi(*data, fppi=(fppi,)) == pytest.approx([expected])
-    between = sensitivity_at_fppi(*data, fppi=(.1, .39, .41, 9))
+        assert recall_at_fppi(*data, fppi=(fppi,)) == pytest.approx([expected])
+    between = recall_at_fppi(*data, fppi=(.1, .39, .41, 9))
     assert between == pytest.approx([1/3, 1/3, 2/3, 2/3])
 
 def test_duplicates_as_false_positives_by_hand():
@@ -169,7 +176,7 @@ def test_lesions_by_hand():
     p, findings, _ = hand_case()
     t = froc_table(p, findings, matching=BoxMatching(unit='lesion'))
     assert t['n_targets'].tolist() == [1, 1, 0]
-    assert sensitivity_at_fppi(*[t[c] for c in FROC_COLUMNS], fppi=(0, 9)).tolist() == [.5, .5]
+    assert recall_at_fppi(*[t[c] for c in FROC_COLUMNS], fppi=(0, 9)).tolist() == [.5, .5]
     unknown = findings.assign(lesion_id=None)  # each finding is its own lesion
     assert froc_table(p, unknown, matching=BoxMatching(unit='lesion'))['n_targets'].sum() == 3
     with pytest.raises(InputError, match='no lesion_id'):
@@ -190,27 +197,29 @@ def random_case(seed, n=30):
     p = detections_table(pd.DataFrame(rows), boxes, scores, 'd', 'probability', f'v{seed}')
     return p, pd.DataFrame(findings, columns=FINDING_COLUMNS), boxes, scores
 
-def counts_at(threshold, findings, boxes, scores):
+def counts_at(threshold, findings, boxes, scores, matching):
     "Found findings and false positives at one threshold, matched from scratch"
     found = false = 0
     for k, (b, s) in enumerate(zip(boxes, scores)):
         targets = findings.loc[findings['image_id'] == f'i{k:02}', FINDING_COLUMNS[2:]].to_numpy()
         keep = s >= threshold
-        best, wrong = match_boxes(b[keep], s[keep], targets)
+        best, wrong = match_boxes(b[keep], s[keep], targets, matching)
         found += np.isfinite(best).sum()
         false += len(wrong)
     return found, false
 
+@pytest.mark.parametrize('one_to_one', (False, True))
 @pytest.mark.parametrize('seed', range(3))
-def test_froc_against_a_loop_over_thresholds(seed):
+def test_froc_against_a_loop_over_thresholds(seed, one_to_one):
+    matching = BoxMatching(one_to_one=one_to_one)
     p, findings, boxes, scores = random_case(seed)
-    t = froc_table(p, findings)
+    t = froc_table(p, findings, matching=matching)
     thresholds = np.unique(np.concatenate(scores))[::-1]
-    corners = [counts_at(x, findings, boxes, scores) for x in thresholds]
+    corners = [counts_at(x, findings, boxes, scores, matching) for x in thresholds]
     for fppi in (0, .1, .25, .5, 1, 1.5, 4):
         allowed = [found for found, false in corners if false/60 <= fppi]
         expected = max(allowed, default=0)/len(findings)
-        ours = sensitivity_at_fppi(*[t[c] for c in FROC_COLUMNS], fppi=(fppi,))
+        ours = recall_at_fppi(*[t[c] for c in FROC_COLUMNS], fppi=(fppi,))
         assert ours == pytest.approx([expected])
 
 def test_a_weight_is_a_number_of_copies():
@@ -220,8 +229,8 @@ def test_a_weight_is_a_number_of_copies():
     fppi = (0, .3, 1, 2)
     for w in rng.integers(0, 3, (10, len(t))):
         copies = t.loc[np.repeat(t.index, w)]
-        ours = sensitivity_at_fppi(*[t[c] for c in FROC_COLUMNS], weight=w, fppi=fppi)
-        expected = sensitivity_at_fppi(*[copies[c] for c in FROC_COLUMNS], fppi=fppi)
+        ours = recall_at_fppi(*[t[c] for c in FROC_COLUMNS], weight=w, fppi=fppi)
+        expected = recall_at_fppi(*[copies[c] for c in FROC_COLUMNS], fppi=fppi)
         assert ours == pytest.approx(expected)
 
 def test_many_weights_in_small_blocks(monkeypatch):
@@ -229,9 +238,9 @@ def test_many_weights_in_small_blocks(monkeypatch):
     t = froc_table(p, findings)
     data = [t[c] for c in FROC_COLUMNS]
     w = np.random.default_rng(0).integers(0, 3, (7, len(t)))
-    whole = sensitivity_at_fppi(*data, weight=w, fppi=(.5, 1))
-    monkeypatch.setattr('mammo_nb.metrics.detection._BLOCK', 1)
-    assert np.array_equal(sensitivity_at_fppi(*data, weight=w, fppi=(.5, 1)), whole)
+    whole = recall_at_fppi(*data, weight=w, fppi=(.5, 1))
+    monkeypatch.setattr('mammo_nb.metrics.froc._BLOCK', 1)
+    assert np.array_equal(recall_at_fppi(*data, weight=w, fppi=(.5, 1)), whole)
 
 def test_normal_images_are_in_the_denominator():
     p, findings, _ = hand_case()
@@ -240,14 +249,14 @@ def test_normal_images_are_in_the_denominator():
         [[]]*5, 'd', 'probability', 'v')
     t = froc_table(pd.concat([p, normal]), findings)
     data = [t[c] for c in FROC_COLUMNS]
-    assert sensitivity_at_fppi(*data, fppi=(.2,)) == pytest.approx([2/3])  # two on ten images
+    assert recall_at_fppi(*data, fppi=(.2,)) == pytest.approx([2/3])  # two on ten images
 
 def test_no_boxes_at_all():
     rows = pd.DataFrame(dict(patient_id=['p1', 'p2'], image_id=['a', 'b']))
     p = detections_table(rows, [[], []], [[], []], 'd', 'probability', 'v')
     findings = pd.DataFrame([('a', 'l1', 0, 0, 9, 9)], columns=FINDING_COLUMNS)
     t = froc_table(p, findings)
-    assert sensitivity_at_fppi(*[t[c] for c in FROC_COLUMNS], fppi=(0, 4)).tolist() == [0, 0]
+    assert recall_at_fppi(*[t[c] for c in FROC_COLUMNS], fppi=(0, 4)).tolist() == [0, 0]
 
 def test_images_that_were_read_without_a_row(capsys):
     p, findings, rows = hand_case()
@@ -281,8 +290,8 @@ def test_evaluation_of_a_detector():
     p, findings, *_ = random_case(5)
     e = evaluate_boxes(p, findings, fppi=(.5, 1), n_boot=100).set_index('metric')
     t = froc_table(p, findings)
-    expected = sensitivity_at_fppi(*[t[c] for c in FROC_COLUMNS], fppi=(.5, 1))
-    assert list(e.index) == ['sensitivity_at_0.5', 'sensitivity_at_1', 'mean_sensitivity']
+    expected = recall_at_fppi(*[t[c] for c in FROC_COLUMNS], fppi=(.5, 1))
+    assert list(e.index) == ['recall_0.5', 'recall_1', 'mean_recall']
     assert e['value'].tolist() == pytest.approx([*expected, expected.mean()])
     assert (e['low'] <= e['value']).all()
     assert (e['value'] <= e['high']).all()
@@ -295,20 +304,20 @@ def test_trainings_are_averaged_and_compared():
     both = evaluate_boxes([a, b], findings, n_boot=20)['value']
     assert both.tolist() == pytest.approx(np.mean(alone, 0))
     tables = [froc_table(o, findings) for o in (a, b)]
-    difference = paired_difference(*tables, mean_sensitivity, columns=FROC_COLUMNS, n_boot=20)
+    difference = paired_difference(*tables, mean_recall, columns=FROC_COLUMNS, n_boot=20)
     assert difference.value == pytest.approx(alone[0][-1]-alone[1][-1])
 
 def test_other_findings_are_another_truth():
     p, findings, *_ = random_case(8)
     tables = [froc_table(p, f, quiet=True) for f in (findings, findings[1:])]
     with pytest.raises(InputError, match='table 1: n_targets'):
-        paired_difference(*tables, mean_sensitivity, columns=FROC_COLUMNS)
+        paired_difference(*tables, mean_recall, columns=FROC_COLUMNS)
 
 def test_the_curve_is_a_table_of_its_grid():
     p, findings, *_ = random_case(9)
     c = froc_curve(p, findings, fppi=(0, .5, 1), n_boot=50)
     assert c['fppi'].tolist() == [0, .5, 1]
-    assert (np.diff(c['sensitivity']) >= 0).all()
+    assert (np.diff(c['recall']) >= 0).all()
     assert (c['low'] <= c['high']).all()
 
 # ---- from a detector to FROC: every image that was read is in the table

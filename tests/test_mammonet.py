@@ -266,7 +266,7 @@ def test_a_search_knows_its_pixels(searched, tmp_path):
     one, other = files.images[files.images.split == 'train'].path[:2]
     copied = Cohort(files.images, files.findings, tmp_path/'files')
     assert search(prepare(copied)) == 0  # the folder does not matter
-    shutil.copy(files.root/one, tmp_path/'files'/other)
+    for source, target in ((one, other), (other, one)): shutil.copy(files.root/source, tmp_path/'files'/target)
     with pytest.raises(InputError, match='same patients and images'): search(prepare(copied))
 
 @pytest.mark.parametrize('same', [dict(num_workers=1), dict(in_memory=False), dict(device=torch.device('cpu')), dict(gaze_sigma=6.)])

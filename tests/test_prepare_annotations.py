@@ -22,8 +22,8 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp('annotations')
     y, x = np.mgrid[:300, :240] + .5
     depth = np.clip(1 - ((240-x)/190)**2 - ((y-150)/130)**2, 0, None)**.5
-    for name in ('cc', 'mlo'):
-        Image.fromarray((200*depth).astype(np.uint8)).save(folder/f'{name}.png')
+    for name, brightness in (('cc', 200), ('mlo', 199)): # no two views have the same file
+        Image.fromarray((brightness*depth).astype(np.uint8)).save(folder/f'{name}.png')
     Image.fromarray(np.hypot(y-120, x-150) < 14).save(folder/'disc.png')
     image = dict(patient_id='p', exam_id='e', laterality='R', pixel_spacing_mm=.5)
     images = pd.DataFrame([image | dict(image_id='cc', view='CC', path='cc.png', nipple_row=150., nipple_col=52.),

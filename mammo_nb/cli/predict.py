@@ -156,16 +156,18 @@ def predict_folder(
     group:str='tags', # without a cohort: exams by their `tags`, or each `folder` is one
     workers:int|None=None, # processes; `None`: one per core
     quiet:bool=True, # no progress bars
-    raw:bool=False # without a cohort: take raw images where a view has no other
+    raw:bool=False, # without a cohort: take raw images where a view has no other
+    on_identity_mismatch:str='raise', # folders against tags, see `dicom_folder`
+    on_size_mismatch:str='raise' # tables of another resolution than the files: or `scale`
 )->tuple: # `(table, number of images, number of files left out)`
     "Predict a folder of mammograms and write the results to files"
     out = Path(out)
     check_in(format, ('csv', 'parquet'), '--format', 'format')
     net = load_model(model)
     config = training_preparation(net)
-    cohort, excluded = read_folder(folder, group, raw)
+    cohort, excluded = read_folder(folder, group, raw, on_identity_mismatch)
     with new_results(out) as new, tempfile.TemporaryDirectory() as cache:
-        prepared = prepare_cohort(cohort, cache, config, workers, not quiet)
+        prepared = prepare_cohort(cohort, cache, config, workers, not quiet, on_size_mismatch)
         n = list_excluded(prepared, excluded, new/'left_out.csv')
         require_images(folder, prepared)
         list_notes(prepared, new/'notes.csv')
@@ -186,6 +188,8 @@ def mammo_predict(
     format:str='csv', # of the table: csv or parquet
     overlays:bool_arg=True, # write an image for each breast, where the system has overlays
     group:str='tags', # without a cohort: exams by their tags, or each folder is one
+    on_identity_mismatch:str='raise', # --group folder, and tags disagree: raise, folder or tags
+    on_size_mismatch:str='raise', # tables of another resolution than the files: raise, or scale
     raw:bool=False, # without a cohort: take raw images where a view has no other
     workers:int=None, # processes, default: one per core
     quiet:bool=False # no progress bars
@@ -198,6 +202,7 @@ def mammo_predict(
             expected = 'a model folder or a hub id'
             raise InputError('mammo_predict', '--model', 'nothing', expected)
         options = format, overlays, group, workers, quiet, raw
+        options += on_identity_mismatch, on_size_mismatch
         table, n, left = predict_folder(folder, model, out, *options)
     except (InputError, OSError) as e: return print_error('mammo_predict', e)
     file = f'{Path(out).name}/predictions.{format}'

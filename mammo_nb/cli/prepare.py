@@ -27,6 +27,8 @@ def mammo_prepare(
     crop:bool_arg=True, # cut to the breast
     on_laterality_mismatch:str='follow', # chest wall at the wrong side: follow the pixels, or raise
     group:str='tags', # without a cohort: patient and exam by their tags, or each folder is an exam
+    on_identity_mismatch:str='raise', # --group folder, and tags disagree: raise, folder or tags
+    on_size_mismatch:str='raise', # tables of another resolution than the files: raise, or scale
     raw:bool=False, # without a cohort: take raw images where a view has no other
     workers:int=None, # processes, default: one per core
     quiet:bool=False # no progress bar
@@ -37,8 +39,9 @@ def mammo_prepare(
         config = PrepareConfig(
             parse_size(size), intensity, crop=crop, spacing_mm=spacing_mm,
             on_laterality_mismatch=on_laterality_mismatch)
-        cohort, excluded = read_folder(folder, group, raw)
-        prepared = prepare_cohort(cohort, Cache(cache), config, workers, not quiet)
+        cohort, excluded = read_folder(folder, group, raw, on_identity_mismatch)
+        prepared = prepare_cohort(
+            cohort, Cache(cache), config, workers, not quiet, on_size_mismatch)
         print(f'{len(prepared)} images are prepared: '
               f'{prepared.n_cached} from the cache, {prepared.n_prepared} new. '
               f'{len(prepared.failures)} failed, '

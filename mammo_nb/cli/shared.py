@@ -27,10 +27,12 @@ def is_cohort(
 def read_folder(
     folder:str|Path, # a cohort's folder, or any folder with DICOM files
     group:str='tags', # of other folders: exams by their `tags`, or each `folder` is one
-    raw:bool=False # of other folders: take raw images where a view has no other
+    raw:bool=False, # of other folders: take raw images where a view has no other
+    on_identity_mismatch:str='raise' # of other folders, see `dicom_folder`
 )->tuple: # `(Cohort, excluded)`; the second a DataFrame: `path, what, found, expected`
     "Read the cohort of a folder, whatever kind of folder it is"
-    if not is_cohort(folder): return dicom_folder(folder, group, raw=raw)
+    if not is_cohort(folder):
+        return dicom_folder(folder, group, raw=raw, on_identity_mismatch=on_identity_mismatch)
     nothing = pd.DataFrame(columns=EXCLUDED_COLUMNS, dtype=str)
     return Cohort.read(folder), nothing
 

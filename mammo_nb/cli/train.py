@@ -34,10 +34,11 @@ def training_history(
     return table.rename_axis('epoch').reset_index()
 
 # %% ../../nbs/cli/10_train.ipynb #5d1c70a3
-def _prepare_images(folder, out, config, cache, workers, quiet):
+def _prepare_images(folder, out, config, cache, workers, quiet, on_size_mismatch):
     "The prepared images of a folder; what could not be used is printed and listed"
     cohort, excluded = read_folder(folder)
-    prepared = prepare_cohort(cohort, Cache(cache or out/'cache'), config, workers, not quiet)
+    cache = Cache(cache or out/'cache')
+    prepared = prepare_cohort(cohort, cache, config, workers, not quiet, on_size_mismatch)
     print(f'{len(prepared)} images are prepared. {len(prepared.failures)} failed, '
           f'{len(excluded)} files are no usable mammograms.')
     list_excluded(prepared, excluded, out/'failures.csv')
@@ -112,14 +113,15 @@ def train_system(
     loader_options:dict|None=None, # arguments of the loaders
     learner_options:dict|None=None, # arguments of the learner
     workers:int|None=None, # processes that prepare; `None`: one per core
-    quiet:bool=True # no progress bars
+    quiet:bool=True, # no progress bars
+    on_size_mismatch:str='raise' # tables of another resolution than the files: or `scale`
 )->tuple: # (learner, metrics on the validation patients, `None` where there are none)
     "Train a system on a cohort and save its model"
     system, out = get_system(system), Path(out)
     check_range(epochs, 1, None, '--epochs', 'epochs', whole=True)
     options = loader_options or {}, learner_options or {}
     config = PrepareConfig(tuple(size))
-    prepared = _prepare_images(folder, out, config, cache, workers, quiet)
+    prepared = _prepare_images(folder, out, config, cache, workers, quiet, on_size_mismatch)
     learn = _make_learner(system, prepared, out/'run', seed, *options)
     rate = () if lr is None else (lr,)
     with learn.no_bar() if quiet else nullcontext():
@@ -140,6 +142,7 @@ def mammo_train(
     seed:int=0, # of weights and of the order of the batches
     data:str=None, # arguments of the loaders, KEY=VALUE with spaces between: 'bs=8 num_workers=2'
     set:str=None, # arguments of the learner in the same way: 'encoder=small stride=8'
+    on_size_mismatch:str='raise', # tables of another resolution than the files: raise, or scale
     workers:int=None, # processes that prepare, default: one per core
     quiet:bool=False # no progress bars
 )->int: # exit status: 0 done, 2 nothing could be done
@@ -150,7 +153,8 @@ def mammo_train(
         loader_options = parse_options((data or '').split(), '--data')
         learner_options = parse_options((set or '').split(), '--set')
         settings = cache, epochs, lr, seed, loader_options, learner_options, workers, quiet
-        _, metrics = train_system(system, folder, out, parse_size(size), *settings)
+        _, metrics = train_system(
+            system, folder, out, parse_size(size), *settings, on_size_mismatch)
     except (InputError, OSError) as e: return print_error('mammo_train', e)
     if metrics is not None:
         print(metrics.round(3).to_string(index=False))

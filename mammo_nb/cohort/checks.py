@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'IMAGE_RULES', 'FINDING_RULES', 'row_place', 'more_rows', 'value_faults', 'OneValue', 'RowRule',
-           'exams_exchanged', 'with_image', 'find_faults', 'TableError', 'raise_faults', 'check_cohort']
+           'DistinctIds', 'exams_exchanged', 'with_image', 'find_faults', 'TableError', 'raise_faults', 'check_cohort']
 
 # %% ../../nbs/cohort/03_checks.ipynb #59f0de02
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import pandas as pd
 import pandera.pandas as pa
 from ..core.errors import InputError
 from .schema import BOX, FINDING_COLUMNS, TABLE_COLUMNS, TableFault, table_fault
+from .similar_ids import quote_ids, similar_ids
 
 # %% ../../nbs/cohort/03_checks.ipynb #09763d79
 def _is_path(s):
@@ -155,6 +156,39 @@ class RowRule:
         expected = self.expected + more_rows(len(wrong)-1)
         return [table_fault(place, self.columns, ', '.join(values), expected)]
 
+# %% ../../nbs/cohort/03_checks.ipynb #d7df6d9a
+_SHOWN = 20 # groups in a message
+
+@dataclass(frozen=True)
+class DistinctIds:
+    "No two ids of a column are similar, see `cohort.similar_ids`"
+    table:str # `images` or `findings`
+    key:str # the column of ids
+    within:str|None = None # only ids that share this column are compared
+
+    @property
+    def columns(self):
+        "The columns that the rule reads"
+        if self.within is None:
+            return (self.key,)
+        return self.key, self.within
+
+    def faults(self, t):
+        "One fault with all groups of similar ids, if there are any"
+        groups = similar_ids(t[self.key], None if self.within is None else t[self.within])
+        if not groups:
+            return []
+        found = '; '.join(quote_ids(group) for group in groups[:_SHOWN])
+        if len(groups) > _SHOWN:
+            found += f'; and {len(groups)-_SHOWN} more'
+        rows = t.index[t[self.key].isin(groups[0])]
+        place = f'{self.table} table, rows {", ".join(map(str, rows[:_SHOWN]))}'
+        expected = ('one spelling for each; where they really are different: '
+                    "Cohort(..., on_similar_ids='allow')")
+        fault = table_fault(place, self.columns, found, expected)
+        fault.groups = groups
+        return [fault]
+
 # %% ../../nbs/cohort/03_checks.ipynb #cbc817f0
 def exams_exchanged(
     images:pd.DataFrame # typed images table
@@ -175,6 +209,9 @@ IMAGE_RULES = (
     OneValue('images', 'exam_id', 'patient_id'),
     OneValue('images', 'exam_id', 'exam_date'),
     OneValue('images', 'patient_id', 'provenance'),
+    DistinctIds('images', 'patient_id'),
+    DistinctIds('images', 'exam_id', within='patient_id'),
+    DistinctIds('images', 'image_id', within='patient_id'),
     RowRule('images', ('rows',), lambda t: t.rows % 1 > 0, 'a whole number'),
     RowRule('images', ('cols',), lambda t: t.cols % 1 > 0, 'a whole number'),
     RowRule('images', _NIPPLE,
@@ -219,13 +256,15 @@ FINDING_RULES = (
             'a box inside the image',
             also=('image_id',)),
     OneValue('findings', 'lesion_id', 'patient_id'),
+    DistinctIds('findings', 'lesion_id', within='patient_id'),
     OneValue('findings', 'lesion_id', 'laterality'))
 
 # %% ../../nbs/cohort/03_checks.ipynb #63004a3d
 def find_faults(
     images:pd.DataFrame, # typed images table
     findings:pd.DataFrame, # typed findings table
-    known:tuple=() # faults of the types, from `typed_table`
+    known:tuple=(), # faults of the types, from `typed_table`
+    on_similar_ids:str='raise' # ids that differ only by case, blanks or zeros: a fault, or `allow`
 )->list: # of `TableFault`: types, then values, then relations
     "Check two typed tables, alone and against each other"
     faults = list(known)
@@ -235,7 +274,8 @@ def find_faults(
     faulty = {k for f in faults for k in f.columns}
     for t, rules in ((images, IMAGE_RULES), (with_image(findings, images), FINDING_RULES)):
         for rule in rules:
-            if not faulty & set(rule.columns):
+            allowed = on_similar_ids == 'allow' and isinstance(rule, DistinctIds)
+            if not allowed and not faulty & set(rule.columns):
                 faults += rule.faults(t)
     return faults
 

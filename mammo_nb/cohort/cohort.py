@@ -19,6 +19,7 @@ from ..core.files import atomic_path
 from .checks import find_faults, raise_faults
 from .exams import count_cohort, exam_table, missing_views, warn_unused_labels
 from .hanging import read_for_display, show_exam
+from .image_size import fit_tables
 from .schema import BOX, TABLE_COLUMNS, typed_table
 
 # %% ../../nbs/cohort/05_cohort.ipynb #e2147d7f
@@ -27,20 +28,25 @@ class Cohort:
     def __init__(self,
         images:pd.DataFrame, # one row per image, columns of `IMAGE_COLUMNS` and others
         findings:pd.DataFrame|None=None, # one row per finding, `FINDING_COLUMNS` and others
-        root:str|Path='.' # the folder that every path is relative to
+        root:str|Path='.', # the folder that every path is relative to
+        on_similar_ids:str='raise' # ids that differ only by case, blanks, leading zeros: or `allow`
     ):
+        check_in(on_similar_ids, ('raise', 'allow'), 'Cohort', 'on_similar_ids')
+        self.on_similar_ids = on_similar_ids
         self.root = Path(root)
         if findings is None:
             findings = pd.DataFrame()
         self.images, image_faults = typed_table(images, 'images')
         self.findings, finding_faults = typed_table(findings, 'findings')
-        faults = find_faults(self.images, self.findings, image_faults + finding_faults)
+        faults = image_faults + finding_faults
+        faults = find_faults(self.images, self.findings, faults, on_similar_ids)
         raise_faults(faults, images=list(images), findings=list(findings))
         warn_unused_labels(self.images)
 
     def validate(self):
         "Check both tables again, after they were changed in place"
-        raise_faults(find_faults(self.images, self.findings))
+        faults = find_faults(self.images, self.findings, (), self.on_similar_ids)
+        raise_faults(faults)
         return self
 
     @property
@@ -90,7 +96,10 @@ def write(self:Cohort,
                  for name in ('cohort.json', 'images.parquet', 'findings.parquet')}
         for name in TABLE_COLUMNS:
             getattr(self, name).to_parquet(parts[f'{name}.parquet'])
-        parts['cohort.json'].write_text(json.dumps(dict(format=1, root=root.as_posix())))
+        about = dict(format=1, root=root.as_posix())
+        if self.on_similar_ids == 'allow':
+            about['on_similar_ids'] = 'allow'
+        parts['cohort.json'].write_text(json.dumps(about))
     return folder
 
 # %% ../../nbs/cohort/05_cohort.ipynb #f87dee44
@@ -101,14 +110,15 @@ def _read_parquet(path):
         message = f'{type(e).__name__}: {str(e)[:200]}'
         raise InputError(path, 'table', message, 'a Parquet table written by Cohort.write') from e
 
-def _stored_root(folder):
-    "The root that `cohort.json` names; the folder itself if there is no such file"
+def _read_about(folder):
+    "(root, on_similar_ids) from `cohort.json`; the folder itself if there is no such file"
     meta = folder/'cohort.json'
     if not meta.exists():
-        return folder
+        return folder, 'raise'
     try:
-        return folder/json.loads(meta.read_text(encoding='utf-8'))['root']
-    except (ValueError, KeyError, TypeError) as e:
+        about = json.loads(meta.read_text(encoding='utf-8'))
+        return folder/about['root'], about.get('on_similar_ids', 'raise')
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         message = f'{type(e).__name__}: {str(e)[:200]}'
         expected = 'a file made by Cohort.write; or give root=...'
         raise InputError(meta, 'root', message, expected) from e
@@ -116,12 +126,17 @@ def _stored_root(folder):
 @patch(cls_method=True)
 def read(cls:Cohort,
     folder:str|Path, # one that `write` made
-    root:str|Path|None=None # the folder of the files, if they were moved
+    root:str|Path|None=None, # the folder of the files, if they were moved
+    on_similar_ids:str|None=None # as of `Cohort`; `None`: as it was written
 )->Cohort: # checked again
     "Read a cohort from a folder"
     folder = Path(folder)
     tables = {name: _read_parquet(folder/f'{name}.parquet') for name in TABLE_COLUMNS}
-    return cls(**tables, root=_stored_root(folder) if root is None else root)
+    if root is None or on_similar_ids is None:
+        stored_root, stored_rule = _read_about(folder)
+        root = stored_root if root is None else root
+        on_similar_ids = on_similar_ids or stored_rule
+    return cls(**tables, root=root, on_similar_ids=on_similar_ids)
 
 # %% ../../nbs/cohort/05_cohort.ipynb #b1ea5f57
 def _as_mask(images, which):
@@ -147,7 +162,18 @@ def select(self:Cohort,
     findings = self.findings[self.findings.image_id.isin(images.image_id)]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of label columns: given when this cohort was made
-        return type(self)(images, findings, self.root)
+        return type(self)(images, findings, self.root, self.on_similar_ids)
+
+# %% ../../nbs/cohort/05_cohort.ipynb #7239d58c
+@patch
+def with_tables(self:Cohort,
+    images:pd.DataFrame|None=None, # `None`: those of the cohort
+    findings:pd.DataFrame|None=None # `None`: those of the cohort
+)->Cohort: # the same root, and the same rule for similar ids
+    "Exchange a table"
+    images = self.images if images is None else images
+    findings = self.findings if findings is None else findings
+    return Cohort(images, findings, self.root, self.on_similar_ids)
 
 # %% ../../nbs/cohort/05_cohort.ipynb #cbfb71aa
 def _moved_table(cohort, name, root, key):
@@ -174,7 +200,8 @@ def _joined_table(cohorts, name, root, keys):
 @patch(cls_method=True)
 def concat(cls:Cohort,
     cohorts, # cohorts to join, any number
-    keys=None # a text for each, put before every id with a colon; `None`: ids stay
+    keys=None, # a text for each, put before every id with a colon; `None`: ids stay
+    on_similar_ids:str|None=None # as of `Cohort`; `None`: `allow` if all of the cohorts do
 )->Cohort: # rooted at the common parent of all roots
     "Join cohorts"
     cohorts = list(cohorts)
@@ -184,7 +211,11 @@ def concat(cls:Cohort,
         raise InputError('Cohort.concat', 'keys', str(len(keys)), expected)
     roots = [c.root.resolve() for c in cohorts]
     root = Path(os.path.commonpath(roots)) if roots else Path('.')
-    return cls(*(_joined_table(cohorts, name, root, keys) for name in TABLE_COLUMNS), root)
+    if on_similar_ids is None:
+        allowed = [c.on_similar_ids == 'allow' for c in cohorts]
+        on_similar_ids = 'allow' if allowed and all(allowed) else 'raise'
+    tables = [_joined_table(cohorts, name, root, keys) for name in TABLE_COLUMNS]
+    return cls(*tables, root, on_similar_ids)
 
 # %% ../../nbs/cohort/05_cohort.ipynb #5600e2e7
 @patch
@@ -212,17 +243,18 @@ def _repr_html_(self:Cohort):
     return f'<p>{self!r}</p>' + self.summary().to_html()
 
 # %% ../../nbs/cohort/05_cohort.ipynb #3a40adb5
-def _pixels_to_draw(row, path, read):
-    "The image [H,W] of a row; raises `InputError` if its size is not that of the table"
+def _pixels_to_draw(path, read):
+    "The image [H,W] of a file"
     image = read(path)
-    image = np.asarray(getattr(image, 'pixels', image)).squeeze()
-    expected = np.array([row.rows, row.cols])
-    differs = ~np.isnan(expected) & (expected != image.shape)
-    if differs.any():
-        found = ' x '.join(map(str, image.shape))
-        expected = f'{row.rows:g} x {row.cols:g} as in the images table'
-        raise InputError(f'image {row.image_id}', 'size', found, expected)
-    return image
+    return np.asarray(getattr(image, 'pixels', image)).squeeze()
+
+def _findings_to_draw(cohort, rows, images, on_size_mismatch):
+    "Findings in pixels of the images; raises `InputError` if a size is not that of the table"
+    in_exam = cohort.findings.image_id.isin(rows.image_id)
+    findings, where = cohort.findings[in_exam], 'Cohort.show_exam'
+    sizes = {i: image.shape[:2] for i, image in images.items()}
+    _, findings = fit_tables(rows, findings, sizes, on_size_mismatch, where)
+    return findings
 
 def _boxes_to_draw(findings, image_id):
     "Boxes [N,4] of an image, and their N texts"
@@ -242,17 +274,20 @@ def show_exam(self:Cohort,
     boxes:bool=True, # draw the boxes of the findings
     axs=None, # 2 x 2 axes to draw on
     chest_wall:str='auto', # as in `cohort.hanging.show_exam`
-    width:float=4 # of a new figure, inches
+    width:float=4, # of a new figure, inches
+    on_size_mismatch:str='raise' # images of another size than in the table: or `scale` the boxes
 ): # the 2 x 2 axes
     "Hang the images of an exam, with its findings"
     check_in(exam_id, self.images.exam_id.unique(), 'Cohort.show_exam', 'exam_id')
     rows = self.images[self.images.exam_id == exam_id].drop_duplicates(['laterality', 'view'])
+    pixels = {i: _pixels_to_draw(self.file(i), read or read_for_display) for i in rows.image_id}
+    findings = _findings_to_draw(self, rows, pixels, on_size_mismatch)
     images, drawn, texts = {}, {}, {}
     for row in rows.itertuples():
         key = f'{row.laterality}-{row.view}'
-        images[key] = _pixels_to_draw(row, self.file(row.image_id), read or read_for_display)
+        images[key] = pixels[row.image_id]
         if boxes:
-            drawn[key], texts[key] = _boxes_to_draw(self.findings, row.image_id)
+            drawn[key], texts[key] = _boxes_to_draw(findings, row.image_id)
     date = rows.exam_date.iloc[0]
     title = '  '.join(dict.fromkeys([rows.patient_id.iloc[0], exam_id])) # once if they are equal
     if not pd.isna(date):

@@ -99,4 +99,4 @@ def join_table(
     _check_pairs(ours, theirs)
     added = table.set_axis(theirs).reindex(ours).set_axis(images.index)
     images = images.drop(columns=new, errors='ignore').join(added)
-    return Cohort(images, cohort.findings, cohort.root)
+    return cohort.with_tables(images)

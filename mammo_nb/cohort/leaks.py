@@ -13,6 +13,7 @@ from ..core.vocabulary import SPLITS
 from ..core.errors import InputError, check_in
 from .checks import check_cohort
 from .cohort import Cohort
+from .similar_ids import quote_ids, similar_ids
 
 # %% ../../nbs/cohort/17_leaks.ipynb #5bb7eaf4
 def leaking_patients(
@@ -33,12 +34,28 @@ class LeakError(InputError):
     "Patients in more than one split; `patients` lists them"
     patients = ()
 
+def _check_spelling(cohorts):
+    "Refuse ids of several cohorts that differ only by case, blanks or leading zeros"
+    if len(cohorts) < 2 or all(cohort.on_similar_ids == 'allow' for cohort in cohorts):
+        return
+    groups = similar_ids(pd.concat([cohort.images.patient_id for cohort in cohorts]))
+    if not groups:
+        return
+    shown = '; '.join(map(quote_ids, groups[:5]))
+    if len(groups) > 5:
+        shown += f' and {len(groups)-5} more'
+    expected = "one spelling for each patient; or cohorts with on_similar_ids='allow'"
+    error = LeakError('split', 'patient_id', shown, expected)
+    error.patients = tuple(name for group in groups for name in group)
+    raise error
+
 def check_split(
     *cohorts:Cohort # one, or several that are to be used together
 ): # nothing; raises `LeakError`
     "Refuse patients in more than one split"
     leaks = leaking_patients(*cohorts)
     if leaks.empty:
+        _check_spelling(cohorts)
         return
     shown = ', '.join(f'{p} ({s})' for p, s in leaks.head(5).items())
     if len(leaks) > 5:
@@ -66,7 +83,7 @@ def assign_split(
     check_cohort(cohort, 'assign_split')
     images = cohort.images
     split = images.patient_id.map(dict(patients)).astype('str')
-    return Cohort(images.assign(split=split), cohort.findings, cohort.root)
+    return cohort.with_tables(images.assign(split=split))
 
 # %% ../../nbs/cohort/17_leaks.ipynb #221bdef4
 def select_split(
@@ -110,6 +127,6 @@ def join_official(
         joined = joined.select((rank.eq(best) | best.isna()).to_numpy())
     else:
         split = best.map(dict(enumerate(SPLITS))).astype('str')
-        joined = Cohort(images.assign(split=split), joined.findings, joined.root)
+        joined = joined.with_tables(images.assign(split=split))
     check_split(joined)
     return joined

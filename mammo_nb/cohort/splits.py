@@ -131,7 +131,7 @@ def carve_valid(
     train = split_patients(assign_split(train, {}), dict(train=1-fraction, valid=fraction), seed)
     chosen = train.images.patient_id[train.images.split == 'valid']
     split = split.mask(cohort.images.patient_id.isin(chosen), 'valid')
-    return Cohort(cohort.images.assign(split=split), cohort.findings, cohort.root)
+    return cohort.with_tables(cohort.images.assign(split=split))
 
 # %% ../../nbs/cohort/20_splits.ipynb #8e447897
 def split_hash(

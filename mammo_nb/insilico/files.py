@@ -174,7 +174,8 @@ def write_insilico(
         raise InputError('write_insilico', 'cohort', found, 'one in-silico cohort')
     if format == 'png':
         images = images.assign(path=images.path.str.replace('.dcm', '.png'))
-    settings, written = parse_settings(names[0]), Cohort(images, cohort.findings, folder)
+    settings = parse_settings(names[0])
+    written = Cohort(images, cohort.findings, folder, cohort.on_similar_ids)
 
     wanted, found = _make_stamp(written, format), read_stamp(folder/'insilico.json')
     if found is not None and found != wanted:

@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 from ..core.diagram import draw_scale_bar
 from ..core.errors import InputError
+from ..core.geometry import Affine, map_mask
 from .prepared_cohort import PreparedCohort, check_prepared
 from .resampling import sample_matrix
 
@@ -42,11 +43,24 @@ def read_nipple(
     return float(row), float(col)
 
 # %% ../../nbs/preparation/30_annotations.ipynb #b0214f87
+def _mask_file(prepared, p, finding):
+    "[H,W] bool, the mask file of a finding in prepared pixels"
+    path = prepared.cohort.file(finding.mask_path)
+    with Image.open(path) as file:
+        mask = np.array(file) > 0
+    if mask.shape == tuple(p.stored_shape):
+        return p.transform_mask(mask)
+    if mask.shape != prepared.table_sizes.get(finding.image_id):
+        expected = f'{p.stored_shape}, the size of the stored image'
+        raise InputError(path, 'size of the mask', mask.shape, expected)
+    (rows, cols), (height, width) = mask.shape, p.stored_shape
+    to_stored = Affine.scale(width/cols, height/rows)
+    return map_mask(p.affine @ to_stored, mask, p.mask.shape)
+
 def _lesion(prepared, p, finding):
     "[H,W] bool, one finding in prepared pixels"
     if isinstance(finding.mask_path, str):
-        with Image.open(prepared.cohort.file(finding.mask_path)) as mask:
-            return p.transform_mask(np.array(mask) > 0)
+        return _mask_file(prepared, p, finding)
     out = np.zeros(p.mask.shape, bool)
     box = [finding.xmin, finding.ymin, finding.xmax, finding.ymax]
     box = p.boxes([box])[0]

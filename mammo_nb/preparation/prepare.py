@@ -17,6 +17,7 @@ from ..core.geometry import Affine, mask_box
 from mammo_nb.preparation.breast_mask import (
     breast_mask, chest_wall_side, coarse_image, find_film_border
 )
+from .skin_line import film_mask, film_window, strip_depth
 from .prepared import Prepared
 from .resampling import resample, sample_matrix
 
@@ -257,11 +258,20 @@ def _border_note(border, spacing):
             cuts.append(f'{size} at the {side}')
     return (f'film border left out: {"; ".join(cuts)}',) if cuts else ()
 
+def _strip_note(x, k, spacing):
+    "How much of the top is left out as a strip, as a tuple of at most one note"
+    rows, cols = film_window(x)
+    n = k*strip_depth(x[rows, cols])
+    if not n: return ()
+    size = f'{n} pixels, {n*spacing:.1f} mm' if spacing else f'{n} pixels'
+    return (f'strip across the top left out: {size}',)
+
 def _plan(source, laterality, config, where):
     "The plan for a source"
     stored_shape = source.pixels.shape
     coarse, k = coarse_image(source.pixels)
-    mask = breast_mask(source.bright(coarse), where)
+    find = breast_mask if source.digital else film_mask
+    mask = find(source.bright(coarse), where)
     border = 0, 0, 0, 0
     if not source.digital:
         border = find_film_border(source.pixels, mask, k, source.bright)
@@ -272,6 +282,7 @@ def _plan(source, laterality, config, where):
     if config.crop:
         window = filled
     notes = source.notes + notes + _border_note(border, source.spacing)
+    if not source.digital: notes += _strip_note(source.bright(coarse), k, source.spacing)
     return Plan(window, factor, shape, mirror, mask, k, border, notes)
 
 # %% ../../nbs/preparation/10_prepare.ipynb #1e79523d

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -53,7 +54,8 @@ class PreparedCohort:
         keys:dict, # image_id -> key of its entry
         failures, # DataFrame: image_id, path, what, found, expected
         n_prepared:int=0, # images prepared by this call
-        n_cached:int=0 # images that were in the cache before
+        n_cached:int=0, # images that were in the cache before
+        table_sizes=None # image_id -> (rows, cols) of its table before it was scaled
     ):
         self.cohort, self.cache, self.config = cohort, cache, config
         self.keys, self.failures = keys, failures
@@ -61,6 +63,8 @@ class PreparedCohort:
         self._files = {f.image_id: f for f in image_files(cohort)[0]}
         self._spacing_mm = _known_spacing(cohort.images)
         self._boxes = _boxes_by_image(cohort.findings)
+        self._extent = _extent_by_image(cohort.images, cohort.findings)
+        self.table_sizes = table_sizes or {}
 
     def __len__(self):
         return len(self.keys)
@@ -70,10 +74,19 @@ class PreparedCohort:
         return (f'PreparedCohort: {len(self)} images of {rows} x {cols} '
                 f'({self.n_prepared} prepared, {self.n_cached} from the cache), {len(self.failures)} failed')
 
+# %% ../../nbs/preparation/25_prepared_cohort.ipynb #9f1f2912
 def _boxes_by_image(findings):
     "image_id -> [N,4] xyxy, stored pixels"
     corners = ['xmin', 'ymin', 'xmax', 'ymax']
     return {i: rows[corners].to_numpy(float) for i, rows in findings.groupby('image_id')}
+
+def _extent_by_image(images, findings):
+    "image_id -> [rows, cols, last row and last column of a place]; NaN where the tables have none"
+    last = findings.groupby('image_id')[['ymax', 'xmax']].max().reindex(images.image_id)
+    columns = ['rows', 'cols', 'nipple_row', 'nipple_col']
+    t = images.reindex(columns=columns).to_numpy(float)
+    t[:, 2:] = np.fmax(t[:, 2:], last.to_numpy(float))
+    return dict(zip(images.image_id, t.tolist()))
 
 def _known_spacing(images):
     "image_id -> mm a stored pixel, where the images table has it"
@@ -82,6 +95,17 @@ def _known_spacing(images):
     return images.set_index('image_id').pixel_spacing_mm.dropna().to_dict()
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #f7f47a2d
+def _check_size(path, stored_shape, extent):
+    "Refuse an image whose stored size contradicts the tables"
+    size, places = np.array(extent[:2]), np.array(extent[2:])
+    found = '{} x {}'.format(*stored_shape)
+    if (size == size).any() and ((size == size) & (size != stored_shape)).any():
+        expected = '{:g} x {:g} as in the images table; prepare the cohort again'.format(*size)
+        raise InputError(path, 'size of the stored image', found, expected)
+    if (places > stored_shape).any():
+        expected = 'at least {:g} x {:g}, for a box or nipple in the tables'.format(*places)
+        raise InputError(path, 'size of the stored image', found, expected)
+
 @patch
 def load(self:PreparedCohort,
     image_id:str # of the images table
@@ -95,6 +119,7 @@ def load(self:PreparedCohort,
         found = self.cache.load(key)
     if found is None:
         raise InputError(path, 'file', 'neither the file nor its prepared image', 'one of them')
+    _check_size(path, found.stored_shape, self._extent[image_id])
     if found.spacing_mm is None and image_id in self._spacing_mm:
         found.spacing_mm = self._spacing_mm[image_id]/found.scale
     return found
@@ -166,21 +191,37 @@ def _choose_config(config, settings):
         raise InputError('prepare_cohort', 'config', repr(config), 'a PrepareConfig')
     return config
 
-def _cached_key(cache, file, config):
-    "The key of a file whose entry exists, `None` where there is work to do"
-    try:
-        return cache.lookup(file.path, file.laterality, config)[0]
-    except (OSError, InputError): # `prepare_file` tells what is wrong
-        return None
-
 def _file_size(path):
     "Bytes, 0 for a file that does not exist"
     if not os.path.exists(path):
         return 0
     return os.path.getsize(path)
 
+# %% ../../nbs/preparation/25_prepared_cohort.ipynb #9878046a
+def _cached_entry(cache, file, config):
+    "(key, stored shape) of a file whose entry exists, `None` twice where there is work to do"
+    try:
+        key, entry = cache.lookup(file.path, file.laterality, config)
+    except (OSError, InputError): # `prepare_file` tells what is wrong
+        return None, None
+    return key, None if entry is None else entry.stored_shape
+
+def _cached_entries(cache, files, config):
+    "(keys, stored shapes) of all files, `None` where there is work to do"
+    keys, shapes = {}, {}
+    for f in files:
+        keys[f.image_id], shapes[f.image_id] = _cached_entry(cache, f, config)
+    return keys, shapes
+
+def _known_checksum(cache, path):
+    "The checksum of a file that has not changed, else `None`"
+    try:
+        return cache.known_checksum(path)
+    except OSError:
+        return None
+
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #cd38007e
-def _collect(cohort, cache, config, keys, failures, n_prepared):
+def _collect(cohort, cache, config, keys, failures, n_prepared, table_sizes):
     "The prepared cohort of the images that succeeded, in the order of the images table"
     import pandas as pd
     ids = cohort.images.image_id
@@ -191,7 +232,35 @@ def _collect(cohort, cache, config, keys, failures, n_prepared):
     if failures:
         cohort = cohort.select(ids.isin(list(good)))
     n_cached = len(good)-n_prepared
-    return PreparedCohort(cohort, cache, config, good, table, n_prepared, n_cached)
+    return PreparedCohort(cohort, cache, config, good, table, n_prepared, n_cached, table_sizes)
+
+# %% ../../nbs/preparation/25_prepared_cohort.ipynb #9ce11bbc
+def _refuse_same_files(cohort, files, cache):
+    "Refuse one file as several patients, exams, sides or views"
+    from mammo_nb.preparation.sources import refuse_same_files
+    paths = {f.image_id: f.path for f in files}
+    refuse_same_files(cohort.images, paths, partial(_known_checksum, cache), cache.checksum)
+
+def _stored_sizes(cohort, files, shapes):
+    "image_id -> (rows, cols) of the images whose tables have a place; from the cache or the header"
+    from mammo_nb.cohort.image_size import has_places # not in the worker processes
+    from mammo_nb.preparation.sources import image_size
+    images = cohort.images
+    compared = set(images.image_id[has_places(images, cohort.findings)])
+    files = [f for f in files if f.image_id in compared]
+    return {f.image_id: shapes.get(f.image_id) or image_size(f.path) for f in files}
+
+def _fit_cohort(cohort, sizes, on_size_mismatch):
+    "(cohort in pixels of the stored images, image_id -> size in the table if that was scaled)"
+    from mammo_nb.cohort.image_size import fit_tables
+    where = 'prepare_cohort'
+    images, findings = fit_tables(cohort.images, cohort.findings, sizes, on_size_mismatch, where)
+    if images is cohort.images:
+        return cohort, {}
+    old, new = (t.set_index('image_id')[['rows', 'cols']] for t in (cohort.images, images))
+    scaled = old[(old != new).any(axis=1) & old.notna().all(axis=1)]
+    table_sizes = {i: (int(rows), int(cols)) for i, rows, cols in scaled.itertuples()}
+    return cohort.with_tables(images, findings), table_sizes
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #7f31c0aa
 @delegates(PrepareConfig, keep=True)
@@ -201,6 +270,7 @@ def prepare_cohort(
     config:PrepareConfig|None=None, # how to prepare; `None`: as the keyword arguments say
     workers:int|None=None, # processes; `None`: one a core
     progress:bool=True, # show a progress bar
+    on_size_mismatch:str='raise', # tables of another resolution than the files: or `scale` them
     **kwargs # of `PrepareConfig`, instead of `config`
 )->PreparedCohort: # with `failures`, `n_prepared` and `n_cached`
     "Prepare all images of a cohort, in parallel, and reuse what is valid"
@@ -208,7 +278,10 @@ def prepare_cohort(
     cache = folder if isinstance(folder, Cache) else Cache(folder)
     cache.sweep()
     files, failures = image_files(cohort)
-    keys = {f.image_id: _cached_key(cache, f, config) for f in files}
+    _refuse_same_files(cohort, files, cache)
+    keys, shapes = _cached_entries(cache, files, config)
+    sizes = _stored_sizes(cohort, files, shapes)
+    cohort, table_sizes = _fit_cohort(cohort, sizes, on_size_mismatch)
     todo = [f for f in files if keys[f.image_id] is None]
     todo.sort(key=lambda f: -_file_size(f.path))
     results = _prepare_all(todo, str(cache.folder), config, workers)
@@ -220,7 +293,7 @@ def prepare_cohort(
         n_prepared += was_prepared
         if failure:
             failures[image_id] = failure
-    return _collect(cohort, cache, config, keys, failures, n_prepared)
+    return _collect(cohort, cache, config, keys, failures, n_prepared, table_sizes)
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #7383fe28
 def check_prepared(
