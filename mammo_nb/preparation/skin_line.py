@@ -175,6 +175,7 @@ def _within(places, shape, frame):
     before = places <= last
     return (after & before).all(1)
 
+# %% ../../nbs/preparation/02_skin_line.ipynb #9573825a
 def _move_outline(x, mask, step, frame):
     "[h,w] bool: the inside of the outline, moved to the skin; film is made up along the frame"
     from skimage.draw import polygon2mask
@@ -196,6 +197,7 @@ def _move_outline(x, mask, step, frame):
     filled = ndimage.binary_fill_holes(polygon2mask(mask.shape, moved))
     return _largest_piece(filled)
 
+# %% ../../nbs/preparation/02_skin_line.ipynb #32db12a2
 def _bright_parts(x, left_out, mask, step):
     "[h,w] bool: pieces that were left out and are clearly brighter than the air beside them"
     kept = np.zeros(mask.shape, bool)
@@ -234,6 +236,7 @@ def follow_skin(
     found[rows[-1]+further+1:] = False
     return found
 
+# %% ../../nbs/preparation/02_skin_line.ipynb #8f9ce388
 def _first_mask(x, film, cols, where):
     "The threshold mask of the film, or, where the breast fills it, of the image around it"
     try: return breast_mask(film, where)
