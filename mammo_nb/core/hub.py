@@ -186,19 +186,20 @@ def _config_names(cls):
         if base is HubModel: break
         if '__init__' not in vars(base): continue
         parameters = inspect.signature(base.__init__).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        names |= {p.name for p in parameters}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters): break # else on to the next class
-    return names - {'self'}
+    return names - {'self', 'args', 'kwargs'}
 
 def _check_config_args(cls, args, where):
-    "Refuse arguments that are not on the list of the class, and a wish for weights from elsewhere"
+    "Refuse arguments that are not on the list of a class, and weights from elsewhere"
     if not isinstance(args, dict):
         raise InputError(where, 'arguments', type(args).__name__, 'names with values')
     names = _config_names(cls)
     unknown = sorted(set(args) - names)
     if unknown:
         found = ', '.join(repr(name[:40]) for name in unknown[:5])
-        raise InputError(where, f'arguments of {cls.__name__}', found, f'only {", ".join(sorted(names))}')
+        expected = f'only {", ".join(sorted(names))}'
+        raise InputError(where, f'arguments of {cls.__name__}', found, expected)
     if args.get('pretrained', False) is not False:
         expected = 'false: the weights are those of the folder'
         raise InputError(where, 'pretrained', repr(args['pretrained'])[:40], expected)

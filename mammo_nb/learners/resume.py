@@ -49,7 +49,8 @@ def read_checkpoint(
     version = saved.get('format') if isinstance(saved, dict) else None
     if version != CHECKPOINT_FORMAT:
         raise InputError(path, 'format', version, f'{CHECKPOINT_FORMAT}; {_REMEDY}')
-    if is_whole is None: raise InputError(path, 'checksum', 'none', f'one in the last line; {_REMEDY}')
+    if is_whole is None:
+        raise InputError(path, 'checksum', 'none', f'one in the last line; {_REMEDY}')
     missing = sorted(CHECKPOINT_KEYS - saved.keys())
     if missing: raise InputError(path, 'checkpoint', f'no {", ".join(missing)}', 'a complete one')
     return saved

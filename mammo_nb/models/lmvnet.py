@@ -57,8 +57,7 @@ class LMVNet(BaseRiskModel):
         check_range(token_pool, 1, 16, 'LMVNet', 'token_pool', whole=True)
         self.prior_dropout, self.view_dropout = prior_dropout, view_dropout
         self.token_pool, self.years = token_pool, years
-        if isinstance(encoder, str):
-            encoder = make_encoder(encoder, stride, pretrained, **kwargs)
+        if isinstance(encoder, str): encoder = make_encoder(encoder, stride, pretrained, **kwargs)
         if freeze_encoder: freeze_module(encoder)
         if registration is not None: freeze_module(_check_module(registration))
         self.processor = LongitudinalFeatureProcessor(encoder, diff_mode, prior_mode)
