@@ -18,6 +18,7 @@ from mammo_nb.cli.shared import (
 )
 from ..core.errors import InputError, check_in
 from ..core.tables import read_csv, write_csv
+from ..core.workers import count_workers
 from ..learners.systems import load_model, predict, system_of
 from ..metrics.predictions import ID_COLUMNS, read_predictions, write_predictions
 from ..preparation.prepared_cohort import prepare_cohort
@@ -163,6 +164,7 @@ def predict_folder(
     "Predict a folder of mammograms and write the results to files"
     out = Path(out)
     check_in(format, ('csv', 'parquet'), '--format', 'format')
+    workers = count_workers(workers, 'mammo_predict')
     net = load_model(model)
     config = training_preparation(net)
     cohort, excluded = read_folder(folder, group, raw, on_identity_mismatch)

@@ -12,6 +12,7 @@ from mammo_nb.cli.shared import (
     list_excluded, list_notes, parse_size, print_error, read_folder, require_images
 )
 from ..core.errors import InputError
+from ..core.workers import count_workers
 from ..preparation.cache import Cache
 from ..preparation.prepared_cohort import prepare_cohort
 from ..preparation.prepare import PrepareConfig
@@ -36,6 +37,7 @@ def mammo_prepare(
     """Prepare the mammograms of a folder.
     Exit status: 0 all done, 1 some failed (failures.csv), 2 nothing could be done"""
     try:
+        workers = count_workers(workers, 'mammo_prepare')
         config = PrepareConfig(
             parse_size(size), intensity, crop=crop, spacing_mm=spacing_mm,
             on_laterality_mismatch=on_laterality_mismatch)

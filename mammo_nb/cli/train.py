@@ -17,6 +17,7 @@ from mammo_nb.cli.shared import (
 )
 from ..core.errors import InputError, check_range
 from ..core.tables import write_csv
+from ..core.workers import count_workers
 from ..learners.systems import evaluate, get_system, predict
 from ..preparation.cache import Cache
 from ..preparation.prepared_cohort import prepare_cohort
@@ -119,6 +120,7 @@ def train_system(
     "Train a system on a cohort and save its model"
     system, out = get_system(system), Path(out)
     check_range(epochs, 1, None, '--epochs', 'epochs', whole=True)
+    workers = count_workers(workers, 'mammo_train')
     options = loader_options or {}, learner_options or {}
     config = PrepareConfig(tuple(size))
     prepared = _prepare_images(folder, out, config, cache, workers, quiet, on_size_mismatch)

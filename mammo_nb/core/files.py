@@ -6,9 +6,21 @@
 __all__ = ['atomic_path', 'atomic_write', 'file_sha256', 'text_sha256', 'append_sha256', 'check_sha256']
 
 # %% ../../nbs/core/07_files.ipynb #87606f8c
-import hashlib, os, secrets
+import errno, hashlib, os, re, secrets, shutil
 from contextlib import contextmanager
 from pathlib import Path
+
+# %% ../../nbs/core/07_files.ipynb #3576551d
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+def _why_not_written(error, folder):
+    "The number of the system's error where a file could not be written, else `None`"
+    told = re.search(r'\(os error (\d+)\)', str(error)) # as safetensors does
+    number = int(told[1]) if told else getattr(error, 'errno', None)
+    if number in _NO_ROOM: return number
+    if isinstance(error, (ValueError, TypeError, LookupError)): return None # nothing of the disk
+    full = shutil.disk_usage(folder).free < 2**20 # bytes
+    return errno.ENOSPC if full else None
 
 # %% ../../nbs/core/07_files.ipynb #93984cb5
 @contextmanager
@@ -22,6 +34,10 @@ def atomic_path(
     try:
         yield part
         os.replace(part, path)
+    except Exception as e:
+        number = _why_not_written(e, path.parent)
+        if number is None: raise
+        raise OSError(number, os.strerror(number), str(path)) from e
     finally:
         part.unlink(missing_ok=True)
 
