@@ -8,7 +8,7 @@ __all__ = ['mammo_evaluate']
 # %% ../../nbs/cli/20_evaluate.ipynb #c7aac0b2
 from pathlib import Path
 from fastcore.script import call_parse
-from .shared import print_error
+from .shared import check_paths, print_error
 from ..core.errors import InputError
 from ..core.tables import write_csv
 from ..learners.systems import evaluate
@@ -26,6 +26,7 @@ def mammo_evaluate(
     """Compute the metrics of a predictions table, with 95 % intervals over patients.
     Exit status: 0 done, 2 nothing could be done"""
     try:
+        check_paths(predictions=predictions, out=out)
         metrics = evaluate(read_predictions(predictions), split, n_boot, seed)
         if out: write_csv(metrics, Path(out))
     except (InputError, OSError) as e: return print_error('mammo_evaluate', e)

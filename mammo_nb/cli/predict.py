@@ -9,12 +9,13 @@ __all__ = ['RESULTS', 'IMAGES', 'remove_results', 'replace_results', 'new_result
 # %% ../../nbs/cli/15_predict.ipynb #03ea11d0
 import os, shutil, tempfile
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.script import bool_arg, call_parse
 from mammo_nb.cli.shared import (
-    list_excluded, list_notes, print_error, read_folder, require_images
+    check_paths, list_excluded, list_notes, print_error, read_folder, require_images
 )
 from ..core.errors import InputError, check_in
 from ..core.tables import read_csv, write_csv
@@ -94,9 +95,9 @@ def training_preparation(
     "Read how the images of a model were prepared"
     config = model.training_info.get('prepare')
     try:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return PrepareConfig(**settings)
-    except (TypeError, AttributeError) as e:
+        settings = {f.name: config[f.name] for f in fields(PrepareConfig)}
+        return PrepareConfig(**settings | config)
+    except (TypeError, AttributeError, KeyError) as e:
         expected = 'how the images were prepared'
         raise InputError('model', 'training, prepare', repr(config)[:200], expected) from e
 
@@ -203,6 +204,7 @@ def mammo_predict(
         if model is None:
             expected = 'a model folder or a hub id'
             raise InputError('mammo_predict', '--model', 'nothing', expected)
+        check_paths(folder=folder, model=model, out=out)
         options = format, overlays, group, workers, quiet, raw
         options += on_identity_mismatch, on_size_mismatch
         table, n, left = predict_folder(folder, model, out, *options)

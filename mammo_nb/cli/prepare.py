@@ -9,7 +9,7 @@ __all__ = ['mammo_prepare']
 from pathlib import Path
 from fastcore.script import bool_arg, call_parse
 from mammo_nb.cli.shared import (
-    list_excluded, list_notes, parse_size, print_error, read_folder, require_images
+    check_paths, list_excluded, list_notes, parse_size, print_error, read_folder, require_images
 )
 from ..core.errors import InputError
 from ..core.workers import count_workers
@@ -37,6 +37,7 @@ def mammo_prepare(
     """Prepare the mammograms of a folder.
     Exit status: 0 all done, 1 some failed (failures.csv), 2 nothing could be done"""
     try:
+        check_paths(folder=folder, cache=cache)
         workers = count_workers(workers, 'mammo_prepare')
         config = PrepareConfig(
             parse_size(size), intensity, crop=crop, spacing_mm=spacing_mm,

@@ -7,7 +7,7 @@ __all__ = ['mammo_tour']
 
 # %% ../../nbs/cli/25_tour.ipynb #9ca9470c
 from fastcore.script import call_parse
-from .shared import print_error
+from .shared import check_paths, print_error
 from ..core.errors import InputError
 from ..core.workers import count_workers
 
@@ -36,6 +36,7 @@ def mammo_tour(
     config = {name: value for name, value in given.items() if value is not None}
     def report(text): print(text, flush=True)
     try:
+        check_paths(folder=folder)
         workers = count_workers(workers, 'mammo_tour')
         run_tour(folder, TourConfig(**config), workers, report, not quiet)
     except (InputError, OSError) as e: return print_error('mammo_tour', e)

@@ -13,7 +13,7 @@ import mammo_nb.core.fastai_import
 from fastai.learner import Learner
 from fastcore.script import call_parse
 from mammo_nb.cli.shared import (
-    list_excluded, parse_options, parse_size, print_error, read_folder, require_images
+    check_paths, list_excluded, parse_options, parse_size, print_error, read_folder, require_images
 )
 from ..core.errors import InputError, check_range
 from ..core.tables import write_csv
@@ -73,7 +73,7 @@ def _check_options(option, values):
     "Refuse what only the training would notice"
     for name, value in values.items():
         if name in ('lr', 'wd'): check_range(value, 0, None, option, name)
-        if name == 'num_workers': check_range(value, 0, None, option, name, whole=True)
+        if name == 'num_workers': count_workers(value, option, name, 0)
         if name in _PYTHON_ONLY:
             raise InputError(option, name, repr(value), 'no text: this option is for Python')
 
@@ -120,6 +120,8 @@ def train_system(
     "Train a system on a cohort and save its model"
     system, out = get_system(system), Path(out)
     check_range(epochs, 1, None, '--epochs', 'epochs', whole=True)
+    check_range(seed, 0, 2**32-1, '--seed', 'seed', whole=True)
+    if lr is not None: check_range(lr, 1e-12, 1e3, '--lr', 'lr')
     workers = count_workers(workers, 'mammo_train')
     options = loader_options or {}, learner_options or {}
     config = PrepareConfig(tuple(size))
@@ -152,6 +154,7 @@ def mammo_train(
     Images that could not be used are listed in OUT/failures.csv.
     Exit status: 0 done, 2 nothing could be done"""
     try:
+        check_paths(folder=folder, out=out, cache=cache)
         loader_options = parse_options((data or '').split(), '--data')
         learner_options = parse_options((set or '').split(), '--set')
         settings = cache, epochs, lr, seed, loader_options, learner_options, workers, quiet

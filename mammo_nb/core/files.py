@@ -13,13 +13,15 @@ from pathlib import Path
 # %% ../../nbs/core/07_files.ipynb #3576551d
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-def _why_not_written(error, folder):
+def _why_not_written(error, part):
     "The number of the system's error where a file could not be written, else `None`"
+    if str(part) in (getattr(error, 'filename', None), getattr(error, 'filename2', None)):
+        return error.errno
     told = re.search(r'\(os error (\d+)\)', str(error)) # as safetensors does
     number = int(told[1]) if told else getattr(error, 'errno', None)
-    if number in _NO_ROOM: return number
+    if number is not None: return number if number in _NO_ROOM else None
     if isinstance(error, (ValueError, TypeError, LookupError)): return None # nothing of the disk
-    full = shutil.disk_usage(folder).free < 2**20 # bytes
+    full = shutil.disk_usage(part.parent).free < 2**20 # bytes
     return errno.ENOSPC if full else None
 
 # %% ../../nbs/core/07_files.ipynb #93984cb5
@@ -35,7 +37,7 @@ def atomic_path(
         yield part
         os.replace(part, path)
     except Exception as e:
-        number = _why_not_written(e, path.parent)
+        number = _why_not_written(e, part)
         if number is None: raise
         raise OSError(number, os.strerror(number), str(path)) from e
     finally:

@@ -214,7 +214,7 @@ def _build_model(described, where):
         is_model = isinstance(value, dict) and 'model' in value
         args[name] = _build_model(value, where) if is_model else value
     try: return cls(**args)
-    except (TypeError, InputError) as e:
+    except Exception as e: # a constructor may stumble in any way over values that it does not expect
         expected = f'arguments of {cls.__name__}'
         raise InputError(where, 'arguments', str(e)[:300], expected) from e
 
@@ -399,6 +399,7 @@ def read_model_config(
         content = json.loads(Path(path).read_text(encoding='utf-8'))
         own = content.pop('mammo_nb')
         own['model'], own['weights_sha256']
+        own['training'] = dict(own.get('training') or {})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         found = f'{type(e).__name__}: {str(e)[:200]}'
         expected = 'a file written by save_pretrained'

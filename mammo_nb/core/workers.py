@@ -15,12 +15,14 @@ from .monitor import usable_cores
 # %% ../../nbs/core/17_workers.ipynb #ad231584
 def count_workers(
     workers:int|None, # as asked for; `None`: one per core that may be used
-    where:str # named in the error
-)->int: # 1 or more
+    where:str, # named in the error
+    what:str='workers', # name of the argument
+    least:int=1 # 0: this process alone is a choice too
+)->int: # `least` or more
     "Count the worker processes; raises `InputError` for more than four per core (or 16)"
     if workers is None: return usable_cores()
     most = max(16, 4*usable_cores())
-    return int(check_range(workers, 1, most, where, 'workers', whole=True))
+    return int(check_range(workers, least, most, where, what, whole=True))
 
 # %% ../../nbs/core/17_workers.ipynb #49a580f7
 def _has_ended(parent):

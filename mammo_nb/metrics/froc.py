@@ -185,7 +185,7 @@ def _with_mean(values):
 def _recall_rows(tables, combine, fppi, interpolate, per, n_boot, seed, level):
     "A row for each fppi and the mean; `combine` [N,...] -> [...] makes one statistic of N tables"
     check_range(level, .5, .9999, 'evaluate_boxes', 'level')
-    check_range(n_boot, 10, None, 'evaluate_boxes', 'n_boot')
+    check_range(n_boot, 10, 10**6, 'evaluate_boxes', 'n_boot', whole=True)
     metric = partial(recall_at_fppi, fppi=tuple(fppi), interpolate=interpolate)
     draws = dict(n_boot=n_boot, seed=seed, columns=froc_columns(per))
     point, values, n_redrawn = bootstrap_values(tables, metric, **draws)

@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.errors import InputError, check_in, check_range
 from ..core.geometry import Affine, mask_box
+from ..dicom.stored_pixels import MAX_SIDE
 from mammo_nb.preparation.breast_mask import (
     breast_mask, chest_wall_side, coarse_image, find_film_border
 )
@@ -28,8 +29,9 @@ def _check_size(size):
         sides = tuple(int(s) for s in ((size, size) if isinstance(size, int) else size))
     except (TypeError, ValueError):
         sides = ()
-    if len(sides) != 2 or min(sides) < 8:
-        raise InputError('PrepareConfig', 'size', repr(size), '(rows, columns), both at least 8')
+    if len(sides) != 2 or min(sides) < 8 or max(sides) > MAX_SIDE:
+        expected = f'(rows, columns), both from 8 to {MAX_SIDE}'
+        raise InputError('PrepareConfig', 'size', repr(size), expected)
     return sides
 
 @dataclass(frozen=True)
