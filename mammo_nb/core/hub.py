@@ -214,7 +214,7 @@ def _build_model(described, where):
         is_model = isinstance(value, dict) and 'model' in value
         args[name] = _build_model(value, where) if is_model else value
     try: return cls(**args)
-    except Exception as e: # a constructor may stumble in any way over values that it does not expect
+    except Exception as e: # a constructor may stumble in any way
         expected = f'arguments of {cls.__name__}'
         raise InputError(where, 'arguments', str(e)[:300], expected) from e
 
