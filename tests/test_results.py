@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,12 +17,14 @@ from mammo_nb.cli.predict import mammo_predict
 from mammo_nb.cli.prepare import mammo_prepare
 from mammo_nb.cli.train import mammo_train
 from mammo_nb.cohort.cohort import Cohort
+from mammo_nb.core.errors import InputError
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.metrics.predictions import predictions_table, write_predictions
 from mammo_nb.models.two_view import TwoViewNet
 from mammo_nb.preparation.prepare import PrepareConfig
-import mammo_nb.report.tour_page as tour_page
+from mammo_nb.report.tour import TourConfig
+from mammo_nb.report.tour_page import run_tour
 
 
 @pytest.fixture(scope='module')
@@ -134,11 +135,12 @@ def test_evaluate_replaces_no_file_of_the_user(tmp_path, capsys):
     assert (tmp_path/'m.csv').read_text() == 'mine' and 'p.csv' in capsys.readouterr().err
 
 
-def test_the_tour_replaces_no_page_of_the_user(tmp_path, monkeypatch):
+def test_the_tour_replaces_no_page_of_the_user(tmp_path):
     (tmp_path/'t').mkdir()
     (tmp_path/'t/index.html').write_text('mine')
-    with pytest.raises(tour_page.InputError if hasattr(tour_page, 'InputError') else ValueError, match='index.html'):
-        tour_page.run_tour(tmp_path/'t', workers=1, tell=lambda line: None, progress=False)
+    config = TourConfig(
+        n_patients=12, seed=3, size=(96, 72), epochs=1, batch_size=4, n_boot=50, n_risk_patients=24, risk_epochs=1, n_gaze_patients=20, gaze_epochs=1)
+    with pytest.raises(InputError, match='index.html'): run_tour(tmp_path/'t', config, workers=1, tell=lambda line: None, progress=False)
     assert (tmp_path/'t/index.html').read_text() == 'mine'
 
 
