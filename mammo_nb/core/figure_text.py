@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_LINES', 'figure_text']
 
-# %% ../../nbs/core/18_figure_text.ipynb #8c31d63b
-MAX_LINES = 6 # of a text in a figure
+# %% ../../nbs/core/18_figure_text.ipynb #da655a7c
+from .errors import check_range
 
 # %% ../../nbs/core/18_figure_text.ipynb #e8f8ac9f
 def _printable(text):
@@ -24,12 +24,15 @@ def _shorten(line, most):
     start = most-1-end
     return f'{line[:start]}…{line[len(line)-end:]}'
 
-# %% ../../nbs/core/18_figure_text.ipynb #1fcc7663
+# %% ../../nbs/core/18_figure_text.ipynb #0064a52b
+MAX_LINES = 6 # of a text in a figure
+
 def figure_text(
     text, # an id, a file name, a title of a user; `None`: no text
     most:int=100 # characters of a line, at most
 )->str: # for titles, labels, legends and texts of matplotlib
     "Write a text so that a figure shows it as it is"
+    check_range(most, 3, None, 'figure_text', 'most', whole=True)
     if text is None: return ''
     lines = str(text).splitlines()
     if len(lines) > MAX_LINES: lines[MAX_LINES-1:] = ['…']

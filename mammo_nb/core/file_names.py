@@ -10,18 +10,21 @@ import json, re
 from collections import Counter
 from .files import text_sha256
 
-# %% ../../nbs/core/19_file_names.ipynb #e318e2c6
+# %% ../../nbs/core/19_file_names.ipynb #015d1a6d
 _PLAIN = re.compile(r'[A-Za-z0-9_]([A-Za-z0-9_.-]{0,158}[A-Za-z0-9_-])?')
 _DEVICE = re.compile(r'(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?', re.IGNORECASE)
 
 def _is_plain(name):
     "Whether a name is safe on every system"
-    return bool(_PLAIN.fullmatch(name)) and not _DEVICE.fullmatch(name)
+    if _DEVICE.fullmatch(name): return False
+    return _PLAIN.fullmatch(name) is not None
 
 def _marked_name(key):
     "The first letters of a key, and a checksum of all of it"
-    start = re.sub(r'[^A-Za-z0-9-]|^-|^$', '_', '-'.join(key)[:50])
-    return f'{start}~{text_sha256(json.dumps(key), 12)}'
+    joined = '-'.join(key)
+    start = re.sub(r'[^A-Za-z0-9-]|^-|^$', '_', joined[:50])
+    checksum = text_sha256(json.dumps(key), 12)
+    return f'{start}~{checksum}'
 
 # %% ../../nbs/core/19_file_names.ipynb #372a79a0
 def file_names(

@@ -60,7 +60,7 @@ def _is_foreign(path, sums):
     if path.is_symlink() or not path.is_file(): return True
     return file_sha256(path) not in sums
 
-# %% ../../nbs/core/20_results.ipynb #1f83b59a
+# %% ../../nbs/core/20_results.ipynb #fb6c42cf
 @patch
 def check(self:ResultFolder,
     names=() # files that will be written, relative to the folder
@@ -68,14 +68,17 @@ def check(self:ResultFolder,
     "Refuse to replace files that the command did not write, or that were changed"
     sums = _all_records(self.folder)
     names = {*names, *self.written()} if self.replace_all else set(names)
-    foreign = [n for n in sorted(names) if _is_foreign(self.folder/n, sums.get(n, ()))]
+    foreign = []
+    for name in sorted(names):
+        known = sums.get(name, ())
+        if _is_foreign(self.folder/name, known): foreign.append(name)
     if not foreign: return
     what = ', '.join(foreign[:5])
     if len(foreign) > 5: what += f' and {len(foreign)-5} more'
     found = f'files that {self.command} did not write, or that were changed since'
     raise InputError(self.folder, what, found, 'another folder, or these files moved away')
 
-# %% ../../nbs/core/20_results.ipynb #7ad29d94
+# %% ../../nbs/core/20_results.ipynb #37445c8d
 def _write_record(path, record):
     "Write a record, whole or not at all"
     text = json.dumps(record, indent=1, sort_keys=True)
@@ -98,11 +101,13 @@ def _remove_earlier(self:ResultFolder, record, last):
 @patch
 def _place(self:ResultFolder, new, last):
     "Put new results in the place of earlier ones"
-    files = {p.relative_to(new).as_posix(): p for p in sorted(new.rglob('*')) if p.is_file()}
+    paths = [path for path in new.rglob('*') if path.is_file()]
+    files = {path.relative_to(new).as_posix(): path for path in paths}
     self.check(files)
     record = self.written()
     sums = {name: [file_sha256(path)] for name, path in files.items()}
-    both = {name: record.get(name, []) + sums.get(name, []) for name in {*record, *sums}}
+    both = {}
+    for name in {*record, *sums}: both[name] = record.get(name, []) + sums.get(name, [])
     _write_record(self.record, both)
     if self.replace_all: self._remove_earlier(record, last)
     for name in sorted(files, key=lambda name: name in last):

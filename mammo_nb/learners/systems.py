@@ -182,6 +182,12 @@ def _write_image(image, path):
     grey = (image.clamp(0, 1)*255).round().byte()
     with atomic_path(path) as part: Image.fromarray(grey.cpu().numpy()).save(part)
 
+def _image_names(rows):
+    "File names of the images of all cases"
+    names = ('exam_id', 'laterality', 'image_id', 'fixed', 'moving')
+    ids = rows[[name for name in names if name in rows]]
+    return file_names(ids.itertuples(index=False), '.png')
+
 def _write_images(images, names, folder):
     "Write a batch of images; the mean of each"
     for image, name in zip(images, names):
@@ -197,9 +203,7 @@ class _Collector:
         self.version, self.folder = version, folder
         self.values, self.paths, self.n = {}, {}, 0
         self.rows = _image_rows(dataset.rows)
-        names = ('exam_id', 'laterality', 'image_id', 'fixed', 'moving')
-        ids = self.rows[[name for name in names if name in self.rows]]
-        self.names = file_names(ids.itertuples(index=False), '.png') # of predicted images
+        self.names = _image_names(self.rows)
 
     def add(self, out):
         "Take the outputs of a batch"
