@@ -8,9 +8,10 @@ __all__ = ['mammo_evaluate']
 # %% ../../nbs/cli/20_evaluate.ipynb #c7aac0b2
 from pathlib import Path
 from fastcore.script import call_parse
-from .shared import print_error, write_csv
+from .shared import print_error
 from ..core.errors import InputError
 from ..core.results import ResultFolder
+from ..core.tables import write_csv
 from ..learners.systems import evaluate
 from ..metrics.predictions import read_predictions
 

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 from fastcore.script import bool_arg, call_parse
 from mammo_nb.cli.shared import (
-    list_excluded, list_notes, print_error, read_folder, require_images, write_csv
+    list_excluded, list_notes, print_error, read_folder, require_images
 )
 from ..core.errors import InputError, check_in
 from ..core.results import ResultFolder
+from ..core.tables import read_csv, write_csv
 from ..learners.systems import load_model, predict, system_of
 from ..metrics.predictions import ID_COLUMNS, write_predictions
 from ..preparation.prepared_cohort import prepare_cohort
@@ -69,7 +70,7 @@ def _list_unpredicted(dataset, table, path):
     "Add the images that led to no prediction to the list; how many"
     missing = _unpredicted_images(dataset, table)
     if len(missing):
-        listed = pd.read_csv(path, dtype=str, keep_default_na=False)
+        listed = read_csv(path, dtype=str, keep_default_na=False)
         write_csv(pd.concat([listed, missing]), path)
     return len(missing)
 

@@ -13,10 +13,11 @@ import mammo_nb.core.fastai_import
 from fastai.learner import Learner
 from fastcore.script import call_parse
 from mammo_nb.cli.shared import (
-    list_excluded, parse_options, parse_size, print_error, read_folder, require_images, write_csv
+    list_excluded, parse_options, parse_size, print_error, read_folder, require_images
 )
 from ..core.errors import InputError, check_range
 from ..core.results import ResultFolder
+from ..core.tables import write_csv
 from ..learners.systems import evaluate, get_system, predict
 from ..preparation.cache import Cache
 from ..preparation.prepared_cohort import prepare_cohort

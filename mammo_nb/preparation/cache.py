@@ -80,11 +80,13 @@ def _crc(info, image, mask):
     return crc
 
 def pack_entry(
-    p:Prepared # a prepared image
+    p:Prepared, # a prepared image
+    key:str='' # of the entry, from `Cache.key`
 )->bytes: # a safetensors file
     "Turn a prepared image into the bytes of an entry"
     from safetensors.numpy import save
     info = dict(
+        key=key,
         affine=p.affine.matrix.tolist(),
         stored_shape=[int(n) for n in p.stored_shape],
         laterality=p.laterality,
@@ -103,7 +105,8 @@ def _tensor(body, about, dtype):
     return values.reshape(about['shape'])
 
 def unpack_entry(
-    data:bytes # the content of an entry
+    data:bytes, # the content of an entry
+    key:str='' # that it must have: another one raises `InputError`
 )->Prepared: # raises `ValueError`, `KeyError` or `TypeError` for what `pack_entry` did not write
     "Turn the bytes of an entry back into a prepared image"
     body_begin = 8 + int.from_bytes(data[:8], 'little')
@@ -115,6 +118,8 @@ def unpack_entry(
     if _crc(text, image, mask) != crc:
         raise ValueError('checksum')
     info = json.loads(text)
+    if info['key'] != key:
+        raise InputError('unpack_entry', 'key', info['key'], key)
     return Prepared(
         image.copy(),
         mask.copy(),
@@ -284,7 +289,7 @@ def checksum(self:Cache,
     return sha256
 
 # %% ../../nbs/preparation/20_cache.ipynb #90fbf4c3
-_FORMAT = 1 # of an entry, see `pack_entry`
+_FORMAT = 2 # of an entry, see `pack_entry`
 
 @patch
 def key(self:Cache,
@@ -300,10 +305,16 @@ def key(self:Cache,
 @patch
 def load(self:Cache,
     key:str # from `Cache.key`
-)->Prepared|None: # `None` if it does not exist or is broken
+)->Prepared|None: # `None` if it does not exist or is broken; `InputError` for another's entry
     "Read an entry, if it exists and is whole"
+    file = self.entry(key)
     try:
-        return unpack_entry(self.entry(key).read_bytes())
+        return unpack_entry(file.read_bytes(), key)
+    except InputError as e:
+        shown = file.relative_to(self.folder).as_posix()
+        found = 'the entry of another image or preparation'
+        expected = f'its own entry; delete {shown} in the cache, and the image is prepared again'
+        raise InputError(file, 'cache entry', found, expected) from e
     except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
@@ -337,7 +348,7 @@ def get_or_prepare(self:Cache,
             return key, found, False
         done = prepare(read_pixels(path, config), laterality, config, path)
         if _identity(path) == before: # else it changed while it was read
-            self.write(self.entry(key), pack_entry(done))
+            self.write(self.entry(key), pack_entry(done, key))
             return key, done, True
     raise InputError(path, 'file', 'a file that changes while it is read', 'a file that stays as it is')
 

@@ -202,7 +202,7 @@ def _cached_entry(cache, file, config):
     "(key, stored shape) of a file whose entry exists, `None` twice where there is work to do"
     try:
         key, entry = cache.lookup(file.path, file.laterality, config)
-    except OSError:
+    except (OSError, InputError): # `prepare_file` tells what is wrong
         return None, None
     return key, None if entry is None else entry.stored_shape
 
