@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from scipy import sparse
 from ..core.errors import check_in, check_range
+from ..core.figure_text import figure_text
 from .bootstrap import Estimate, bootstrap_values
 from .boxes import BoxMatching
 from .detection import froc_columns, froc_table
@@ -138,7 +139,7 @@ def _draw_curve(ax, name, curve, color):
     x = curve['fppi']
     steps = dict(color=color, step='post')
     ax.fill_between(x, curve['low'], curve['high'], alpha=.2, lw=0, **steps)
-    label = name or None
+    label = figure_text(name) or None
     ax.step(x, curve['recall'], where='post', color=color, label=label)
 
 def plot_froc(
