@@ -18,7 +18,6 @@ import pytest
 import torch
 from fastcore.script import anno_parser
 from processes import Elsewhere
-import mammo_nb.cli.predict as predict_module
 import mammo_nb.cli.train as train_module
 import mammo_nb.report.tour_page as tour_page
 from mammo_nb.cli.evaluate import mammo_evaluate
@@ -30,6 +29,7 @@ from mammo_nb.cohort.cohort import Cohort
 from mammo_nb.cohort.datasets.folder import dicom_folder
 from mammo_nb.cohort.exams import breast_table
 from mammo_nb.core.errors import InputError
+from mammo_nb.core.results import ResultFolder
 from mammo_nb.core.seeding import seed_everything
 from mammo_nb.dicom.write import write_mammogram
 from mammo_nb.insilico.files import insilico_cohort
@@ -186,7 +186,10 @@ def test_predict_of_nothing_keeps_an_earlier_run(dicoms, model, tmp_path, capsys
 
 # -- a folder that holds an earlier run
 
-def content(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+def content(folder):
+    "Files and their bytes, without the lock and the record of the command"
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+    return {name: data for name, data in files.items() if name not in ('.mammo.lock', '.mammo_predict.json')}
 
 def test_predict_replaces_its_own_results_and_nothing_else(dicoms, model, tmp_path, capsys):
     (tmp_path/'few').mkdir()
@@ -201,18 +204,18 @@ def test_predict_replaces_its_own_results_and_nothing_else(dicoms, model, tmp_pa
     assert content(tmp_path/'o') == content(tmp_path/'fresh') | mine
     assert len(list((tmp_path/'o/overlays').glob('*.png'))) == 2  # one breast, and mine
 
-@pytest.mark.parametrize('step', ['write_overlays', 'list_notes', 'replace_results'])
+@pytest.mark.parametrize('step', ['write_overlays', 'list_notes', 'ResultFolder._place'])
 @pytest.mark.parametrize('error,status', [(OSError(28, 'No space left on device'), 2), (KeyboardInterrupt(), None)])
 def test_predict_that_is_stopped_leaves_the_earlier_results(dicoms, model, tmp_path, capsys, monkeypatch, step, error, status):
     (tmp_path/'one').mkdir()
     (tmp_path/'one/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes())
-    (tmp_path/'o').mkdir()
     earlier = {'predictions.csv':b'earlier', 'overlays/x-L.png':b'earlier', 'left_out.csv':b'earlier'}
-    for name, text in earlier.items():
-        (tmp_path/'o'/name).parent.mkdir(exist_ok=True)
-        (tmp_path/'o'/name).write_bytes(text)
+    with ResultFolder(tmp_path/'o', 'mammo_predict', replace_all=True).new() as new:
+        for name, text in earlier.items():
+            (new/name).parent.mkdir(exist_ok=True)
+            (new/name).write_bytes(text)
     def stop(*args, **kwargs): raise error
-    monkeypatch.setattr(predict_module, step, stop)
+    monkeypatch.setattr(f'mammo_nb.cli.predict.{step}', stop)
     if status is None: pytest.raises(KeyboardInterrupt, predict_here, capsys, tmp_path/'one', model, out=tmp_path/'o')
     else: assert predict_here(capsys, tmp_path/'one', model, out=tmp_path/'o')[0] == status
     assert content(tmp_path/'o') == earlier
@@ -221,18 +224,19 @@ def test_a_table_is_there_only_with_all_that_belongs_to_it(dicoms, model, tmp_pa
     (tmp_path/'one').mkdir()
     (tmp_path/'one/0.dcm').write_bytes((dicoms/'0.dcm').read_bytes())
     assert predict_here(capsys, tmp_path/'one', model, out=tmp_path/'o')[0] == 0
-    (tmp_path/'o/.mammo_predict').mkdir()
-    (tmp_path/'o/.mammo_predict/predictions.parquet').write_text('of a run that was killed')
+    killed = tmp_path/'o/.mammo_predict-killed'
+    killed.mkdir()
+    for name in ('lock', 'predictions.parquet'): (killed/name).touch()
     real, moved = os.replace, []
     def replace(a, b):
-        if Path(b).parent in (tmp_path/'o', tmp_path/'o/overlays'):
+        if Path(b).parent in (tmp_path/'o', tmp_path/'o/overlays') and Path(b).suffix != '.json':
             moved.append(Path(b).name)
             assert not (tmp_path/'o/predictions.csv').exists()
         real(a, b)
-    monkeypatch.setattr(predict_module.os, 'replace', replace)
+    monkeypatch.setattr(os, 'replace', replace)
     assert predict_here(capsys, tmp_path/'one', model, out=tmp_path/'o')[0] == 0
     assert moved[-1] == 'predictions.csv' and len(moved) == 5
-    assert not (tmp_path/'o/.mammo_predict').exists() and not (tmp_path/'o/predictions.parquet').exists()
+    assert not killed.exists() and not (tmp_path/'o/predictions.parquet').exists()
 
 @pytest.mark.parametrize('out', ['file', 'file/in'])
 def test_predict_into_what_is_no_folder(dicoms, model, tmp_path, capsys, out):
@@ -550,8 +554,8 @@ def test_predicted_images_of_an_earlier_run_are_replaced(two_exams, exam_models,
         if name == 'first': (tmp_path/'o/images/warped/mine.png').write_bytes(b'2')
     mine = {'images/mine.png': b'1', 'images/warped/mine.png': b'2'}
     assert content(tmp_path/'o') == content(tmp_path/'fresh/second') | mine
-    predict_module.remove_results(tmp_path/'fresh/second')
-    assert list((tmp_path/'fresh/second').iterdir()) == []
+    with ResultFolder(tmp_path/'fresh/second', 'mammo_predict', replace_all=True).new(): pass
+    assert content(tmp_path/'fresh/second') == {} and not (tmp_path/'fresh/second/images').exists()
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='links need rights')
@@ -562,7 +566,7 @@ def test_removing_results_follows_no_link(two_exams, exam_models, tmp_path, caps
     shutil.move(tmp_path/'o'/link, tmp_path/'elsewhere')
     (tmp_path/'o'/link).symlink_to(tmp_path/'elsewhere', target_is_directory=True)
     before = content(tmp_path/'elsewhere')
-    predict_module.remove_results(tmp_path/'o')
+    with ResultFolder(tmp_path/'o', 'mammo_predict', replace_all=True).new(): pass
     assert content(tmp_path/'elsewhere') == before and len(before) == 4
     assert not (tmp_path/'o/predictions.csv').exists()
 

@@ -11,9 +11,7 @@ import matplotlib.pyplot as plt
 from mammo_nb.core.code_hash import code_modules
 from mammo_nb.core.errors import InputError
 from mammo_nb.report.blocks import figure_uri, inline_html, table_html, text_html
-from mammo_nb.report.overlay import (
-    overlay_name, scale_limit, show_maps, signed_layer, write_overlays
-)
+from mammo_nb.report.overlay import scale_limit, show_maps, signed_layer, write_overlays
 from mammo_nb.report.page import Section, external_resources, page_html, write_page
 from mammo_nb.report.sections import SECTIONS, find_sections, make_section, tour_section
 from mammo_nb.report.tour import LEAST, Tour, TourConfig
@@ -171,11 +169,6 @@ def test_views_share_one_scale():
 
 def test_the_scale_of_no_map_is_zero():
     assert scale_limit({}, {}) == 0
-
-
-@pytest.mark.parametrize('exam,name', [('a/b', 'a_b-L.png'), ('../x', '.._x-L.png'), ('e 1\n', 'e_1_-L.png'), ('ä', 'ä-L.png')])
-def test_a_file_name_has_no_path_in_it(exam, name):
-    assert overlay_name(exam, 'L') == name
 
 
 def test_a_system_without_overlays_is_refused():

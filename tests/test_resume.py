@@ -346,9 +346,9 @@ def test_hostile_and_foreign_files_are_refused(tmp_path, monkeypatch):
 def test_older_formats_are_refused(tmp_path):
     fit(line_learner([ResumeTraining(tmp_path)]), 1)
     saved = read_checkpoint(tmp_path/'checkpoint.pt')
-    for version in (None, 1, 2, 3, 4):
+    for version in (None, 1, 2, 3, 4, 5):
         torch.save(saved | dict(format=version), tmp_path/'checkpoint.pt')
-        with pytest.raises(InputError, match=f'format: found {version}, expected 5; delete the file'): fit(line_learner([ResumeTraining(tmp_path)]), 1)
+        with pytest.raises(InputError, match=f'format: found {version}, expected 6; delete the file'): fit(line_learner([ResumeTraining(tmp_path)]), 1)
 
 # the run configuration
 

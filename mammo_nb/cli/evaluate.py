@@ -8,8 +8,10 @@ __all__ = ['mammo_evaluate']
 # %% ../../nbs/cli/20_evaluate.ipynb #c7aac0b2
 from pathlib import Path
 from fastcore.script import call_parse
-from .shared import print_error, write_csv
+from .shared import check_paths, print_error
 from ..core.errors import InputError
+from ..core.results import ResultFolder
+from ..core.tables import write_csv
 from ..learners.systems import evaluate
 from ..metrics.predictions import read_predictions
 
@@ -25,8 +27,13 @@ def mammo_evaluate(
     """Compute the metrics of a predictions table, with 95 % intervals over patients.
     Exit status: 0 done, 2 nothing could be done"""
     try:
+        check_paths(predictions=predictions, out=out)
+        path = Path(out or '')
+        results = ResultFolder(path.parent, 'mammo_evaluate')
+        if out: results.check([path.name])
         metrics = evaluate(read_predictions(predictions), split, n_boot, seed)
-        if out: write_csv(metrics, Path(out))
+        if out:
+            with results.new() as new: write_csv(metrics, new/path.name)
     except (InputError, OSError) as e: return print_error('mammo_evaluate', e)
     print(metrics.round(3).to_string(index=False))
     return 0

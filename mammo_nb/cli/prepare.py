@@ -9,9 +9,11 @@ __all__ = ['mammo_prepare']
 from pathlib import Path
 from fastcore.script import bool_arg, call_parse
 from mammo_nb.cli.shared import (
-    list_excluded, list_notes, parse_size, print_error, read_folder, require_images
+    check_paths, list_excluded, list_notes, parse_size, print_error, read_folder, require_images
 )
 from ..core.errors import InputError
+from ..core.results import ResultFolder
+from ..core.workers import count_workers
 from ..preparation.cache import Cache
 from ..preparation.prepared_cohort import prepare_cohort
 from ..preparation.prepare import PrepareConfig
@@ -36,9 +38,13 @@ def mammo_prepare(
     """Prepare the mammograms of a folder.
     Exit status: 0 all done, 1 some failed (failures.csv), 2 nothing could be done"""
     try:
+        check_paths(folder=folder, cache=cache)
+        workers = count_workers(workers, 'mammo_prepare')
         config = PrepareConfig(
             parse_size(size), intensity, crop=crop, spacing_mm=spacing_mm,
             on_laterality_mismatch=on_laterality_mismatch)
+        results = ResultFolder(cache, 'mammo_prepare')
+        results.check(['failures.csv', 'notes.csv'])
         cohort, excluded = read_folder(folder, group, raw, on_identity_mismatch)
         prepared = prepare_cohort(
             cohort, Cache(cache), config, workers, not quiet, on_size_mismatch)
@@ -46,8 +52,9 @@ def mammo_prepare(
               f'{prepared.n_cached} from the cache, {prepared.n_prepared} new. '
               f'{len(prepared.failures)} failed, '
               f'{len(excluded)} files are no usable mammograms.')
-        n = list_excluded(prepared, excluded, Path(cache)/'failures.csv')
-        list_notes(prepared, Path(cache)/'notes.csv')
+        with results.new() as new:
+            n = list_excluded(prepared, excluded, new/'failures.csv')
+            list_notes(prepared, new/'notes.csv')
         require_images(folder, prepared)
     except (InputError, OSError) as e: return print_error('mammo_prepare', e)
     return 1 if n else 0

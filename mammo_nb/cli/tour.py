@@ -7,8 +7,9 @@ __all__ = ['mammo_tour']
 
 # %% ../../nbs/cli/25_tour.ipynb #9ca9470c
 from fastcore.script import call_parse
-from .shared import print_error
+from .shared import check_paths, print_error
 from ..core.errors import InputError
+from ..core.workers import count_workers
 
 # %% ../../nbs/cli/25_tour.ipynb #c989c874
 @call_parse
@@ -34,6 +35,9 @@ def mammo_tour(
             given[name] = min(getattr(TourConfig, name), epochs)
     config = {name: value for name, value in given.items() if value is not None}
     def report(text): print(text, flush=True)
-    try: run_tour(folder, TourConfig(**config), workers, report, not quiet)
+    try:
+        check_paths(folder=folder)
+        workers = count_workers(workers, 'mammo_tour')
+        run_tour(folder, TourConfig(**config), workers, report, not quiet)
     except (InputError, OSError) as e: return print_error('mammo_tour', e)
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from ..core.errors import InputError, check_in
+from ..core.figure_text import figure_text
 from ..core.vocabulary import HANGING, VIEW_KEYS
 from ..dicom.mammogram import read_mammogram
 
@@ -82,7 +83,8 @@ def _draw_box(ax, box, text, size):
     x, align = (x0, 'left') if x0 < size[1]/2 else (x1, 'right')
     y = y0 - .01*size[0]
     frame = dict(facecolor='k', alpha=.5, lw=0, pad=.5)
-    ax.text(x, y, text, color=colour, fontsize=8, va='bottom', ha=align, bbox=frame)
+    look = dict(color=colour, fontsize=8, va='bottom', ha=align, bbox=frame)
+    ax.text(x, y, figure_text(text), **look)
 
 # %% ../../nbs/cohort/25_hanging.ipynb #eccc69c6
 def _is_mirrored(image, key, chest_wall):
@@ -131,7 +133,7 @@ def _four_axes(width, size):
 def _write_title(figure, title):
     is_black = figure.get_facecolor()[:3] == (0, 0, 0)
     colour = 'w' if is_black else 'k'
-    figure.suptitle(title, color=colour, fontsize=10)
+    figure.suptitle(figure_text(title), color=colour, fontsize=10)
 
 # %% ../../nbs/cohort/25_hanging.ipynb #63d0d7d1
 def show_exam(

@@ -7,7 +7,7 @@ __all__ = ['TRAINING_BUFFER', 'MODELS', 'FORMAT', 'LIMITS', 'FILES', 'tensors_sh
            'is_plain', 'HubModel', 'model_card_text', 'find_model_files', 'read_model_config']
 
 # %% ../../nbs/core/11_hub.ipynb #a8cccbf3
-import hashlib, json, re
+import hashlib, inspect, json, re
 from pathlib import Path
 import httpx
 import numpy as np, torch
@@ -86,6 +86,7 @@ def _name_args(parameters, args, kwargs):
 class HubModel(nn.Module, PyTorchModelHubMixin):
     "A model that is saved, shared and loaded as a folder"
     system = None # name of the system that the model belongs to
+    config_options = () # what `**kwargs` of the constructor may hold in a configuration
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -165,6 +166,7 @@ def _describe_model(model):
     args = model.model_args
     if 'pretrained' in args: args['pretrained'] = False
     for name in model.module_args: args[name] = _describe_part(model, name)
+    _check_config_args(type(model), args, 'save_pretrained')
     described = dict(model=type(model).__name__, args=args)
     _refuse_later_modules(model, described)
     return described
@@ -177,15 +179,42 @@ def _model_class(described, where):
     if 'args' in described and name in MODELS: return MODELS[name]
     raise InputError(where, 'model', name, f'one of {", ".join(sorted(MODELS))}')
 
+def _config_names(cls):
+    "Names of the arguments that a configuration may hold"
+    names = set(cls.config_options)
+    for base in cls.__mro__:
+        if base is HubModel: break
+        if '__init__' not in vars(base): continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        names |= {p.name for p in parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters): break # else on to the next class
+    return names - {'self', 'args', 'kwargs'}
+
+def _check_config_args(cls, args, where):
+    "Refuse arguments that are not on the list of a class, and weights from elsewhere"
+    if not isinstance(args, dict):
+        raise InputError(where, 'arguments', type(args).__name__, 'names with values')
+    names = _config_names(cls)
+    unknown = sorted(set(args) - names)
+    if unknown:
+        found = ', '.join(repr(name[:40]) for name in unknown[:5])
+        expected = f'only {", ".join(sorted(names))}'
+        raise InputError(where, f'arguments of {cls.__name__}', found, expected)
+    if args.get('pretrained', False) is not False:
+        expected = 'false: the weights are those of the folder'
+        raise InputError(where, 'pretrained', repr(args['pretrained'])[:40], expected)
+
+# %% ../../nbs/core/11_hub.ipynb #2959f05e
 def _build_model(described, where):
     "A model from `_describe_model`; raises `InputError` that names the file"
     cls = _model_class(described, where)
+    _check_config_args(cls, described['args'], where)
     args = {}
     for name, value in described['args'].items():
         is_model = isinstance(value, dict) and 'model' in value
         args[name] = _build_model(value, where) if is_model else value
     try: return cls(**args)
-    except (TypeError, InputError) as e:
+    except Exception as e: # a constructor may stumble in any way
         expected = f'arguments of {cls.__name__}'
         raise InputError(where, 'arguments', str(e)[:300], expected) from e
 
@@ -370,6 +399,7 @@ def read_model_config(
         content = json.loads(Path(path).read_text(encoding='utf-8'))
         own = content.pop('mammo_nb')
         own['model'], own['weights_sha256']
+        own['training'] = dict(own.get('training') or {})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         found = f'{type(e).__name__}: {str(e)[:200]}'
         expected = 'a file written by save_pretrained'

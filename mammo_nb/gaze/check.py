@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ..core.errors import InputError
+from ..core.figure_text import figure_text
 from .heatmap import on_image
 from .miceye import NotInLog
 from .readings import read_gaze
@@ -124,7 +125,8 @@ def show_gaze_sheet(
         row, col = look.prepared.points(look.places).T
         ax.scatter(col, row, s=4, color='tab:orange')
         on_breast, _ = dwell_shares([look])
-        ax.set_title(f'{look.image_id}\n{on_breast:.0%} on the breast', fontsize=8)
+        title = f'{look.image_id}\n{on_breast:.0%} on the breast'
+        ax.set_title(figure_text(title), fontsize=8)
     return fig
 
 # %% ../../nbs/gaze/25_check.ipynb #f686c1ec

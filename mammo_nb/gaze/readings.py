@@ -9,6 +9,7 @@ __all__ = ['write_fixations', 'read_gaze', 'match_readings']
 from pathlib import Path
 import pandas as pd
 from ..core.errors import InputError
+from ..core.tables import read_csv, write_csv
 from mammo_nb.gaze.miceye import (
     image_stem, miceye_samples, read_log_lines, read_miceye, select_lines
 )
@@ -22,7 +23,7 @@ def write_fixations(
     columns = ['row', 'col', 'duration_ms']
     if 'reading' in fixations:
         columns.append('reading')
-    fixations[columns].to_csv(path, index=False)
+    write_csv(fixations[columns], path)
 
 # %% ../../nbs/gaze/18_readings.ipynb #1eded625
 _TABLE = ('row, col, duration_ms (of a recording of the screen, read_tobii, screen_to_image, '
@@ -62,7 +63,7 @@ def _gaze_of_log(path, sampling_rate_hz, display_rows, shape, image):
 def _gaze_of_table(path):
     "row, col, duration_ms, reading of a table of fixations"
     try:
-        table = pd.read_csv(path)
+        table = read_csv(path)
     except (OSError, ValueError) as e:
         raise _unreadable(path, e) from e
     columns = ['row', 'col', 'duration_ms']

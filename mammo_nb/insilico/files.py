@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 from scipy import ndimage
 from fastcore.basics import patch
@@ -20,6 +19,7 @@ from ..core.errors import InputError, check_in, check_range
 from ..core.files import atomic_write
 from ..core.code_hash import code_hash
 from ..core.progress import progress_bar
+from ..core.workers import count_workers, in_workers
 from ..cohort.schema import BOX
 from ..cohort.cohort import Cohort
 from ..dicom.write import write_mammogram
@@ -153,10 +153,10 @@ def _render_patients(settings, patients, folder, format, workers, progress):
     "Write the files of all patients, shared out to processes"
     for name in ('images', 'masks', 'gaze'):
         (folder/name).mkdir(parents=True, exist_ok=True)
-    pool = Parallel(n_jobs=workers or cpu_count(), return_as='generator_unordered')
-    jobs = pool(delayed(write_patient)(settings, i, folder, format) for i in patients)
-    bar = progress_bar(jobs, len(patients), 'in-silico patients', progress)
-    return sum(bar)
+    from mammo_nb.insilico.files import write_patient # by name, so that workers import it
+    jobs = [(settings, i, folder, format) for i in patients]
+    done = in_workers(write_patient, jobs, max(1, min(workers, len(jobs))))
+    return sum(progress_bar(done, len(jobs), 'in-silico patients', progress))
 
 # %% ../../nbs/insilico/40_files.ipynb #113748da
 def write_insilico(
@@ -168,6 +168,7 @@ def write_insilico(
 )->Cohort: # the same tables, rooted in the folder
     "Write the images, masks, gaze logs, tables and truth of a cohort"
     check_in(format, ('dicom', 'png'), 'write_insilico', 'format')
+    workers = count_workers(workers, 'write_insilico')
     names, folder, images = cohort.images.provenance.unique(), Path(folder), cohort.images
     if len(names) != 1:
         found = f'{len(names)} provenances'

@@ -14,6 +14,7 @@ from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 import numpy as np
 from fastcore.basics import patch
 from ..core.errors import check_in, check_range
+from ..core.figure_text import figure_text
 from ..core.vocabulary import VIEWS
 from .blobs import GaussianBlobs
 
@@ -115,7 +116,7 @@ def show_scaled(
     "Draw an image with a scale bar in millimetres"
     ax = ax or plt.subplots()[1]
     ax.imshow(image, **{'cmap': 'gray', **kwargs})
-    ax.set_title(title, fontsize=9)
+    ax.set_title(figure_text(title), fontsize=9)
     ax.axis('off')
     if bar_mm:
         bar = AnchoredSizeBar(

@@ -13,7 +13,7 @@ from fastai.callback.core import CancelEpochException, CancelFitException, Callb
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from ..core.errors import InputError
-from ..core.files import atomic_path
+from ..core.files import append_sha256, atomic_path, check_sha256
 from .keep_best import KeepBest, is_fitting, unwrap_model
 from .run_config import compare_runs, named_callbacks, run_config_of
 from mammo_nb.learners.training_state import (
@@ -23,23 +23,34 @@ from mammo_nb.learners.training_state import (
 )
 
 # %% ../../nbs/learners/08_resume.ipynb #735138d0
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 6
 CHECKPOINT_KEYS = {
     'format', 'run', 'done', 'stopped', 'train_iter', 'model', 'gradients', 'optimizer',
     'generators', 'callbacks', 'recorder', 'smooth_loss'}
+_REMEDY = 'delete the file to begin anew, or use another folder'
+
+def _load_file(path):
+    "The content of a file of PyTorch; raises `InputError` for any other file"
+    try: return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        found = f'a damaged, incomplete or foreign file ({type(error).__name__})'
+        expected = f'a file that ResumeTraining wrote; {_REMEDY}'
+        raise InputError(path, 'checkpoint', found, expected) from error
 
 def read_checkpoint(
     path:str|Path # a file written by `ResumeTraining`
 )->dict: # its contents, tensors on the CPU; raises `InputError` for any other file
-    "Read a checkpoint; no code in the file is executed"
-    try: saved = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        reason = f'{type(error).__name__}: {str(error)[:200]}'
-        raise InputError(path, 'checkpoint', reason, 'a file that ResumeTraining wrote') from error
+    "Read a checkpoint that is as it was written; no code in the file is executed"
+    is_whole = check_sha256(path)
+    if is_whole is False:
+        expected = f'the content that was written: the file is damaged; {_REMEDY}'
+        raise InputError(path, 'checksum', 'another content', expected)
+    saved = _load_file(path)
     version = saved.get('format') if isinstance(saved, dict) else None
     if version != CHECKPOINT_FORMAT:
-        remedy = f'{CHECKPOINT_FORMAT}; delete the file to begin anew, or use another folder'
-        raise InputError(path, 'format', version, remedy)
+        raise InputError(path, 'format', version, f'{CHECKPOINT_FORMAT}; {_REMEDY}')
+    if is_whole is None:
+        raise InputError(path, 'checksum', 'none', f'one in the last line; {_REMEDY}')
     missing = sorted(CHECKPOINT_KEYS - saved.keys())
     if missing: raise InputError(path, 'checkpoint', f'no {", ".join(missing)}', 'a complete one')
     return saved
@@ -164,7 +175,9 @@ def write(self:ResumeTraining,
     checkpoint = self.checkpoint(stopped)
     self.done = checkpoint['done']
     if rank_distrib(): return
-    with atomic_path(self.file) as part: torch.save(checkpoint, part)
+    with atomic_path(self.file) as part:
+        torch.save(checkpoint, part)
+        append_sha256(part)
 
 # %% ../../nbs/learners/08_resume.ipynb #75002404
 @patch

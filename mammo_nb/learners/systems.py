@@ -7,7 +7,7 @@ __all__ = ['SYSTEM_MODULES', 'call_model', 'System', 'register', 'installed_syst
            'model_outputs', 'report_missing', 'predict', 'evaluate', 'load_model']
 
 # %% ../../nbs/learners/10_systems.ipynb #ffe64b6e
-import importlib, inspect, re, warnings
+import importlib, inspect, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -17,6 +17,7 @@ import mammo_nb.core.fastai_import
 from fastai.learner import Learner
 from torch import nn
 from ..core.errors import InputError, check_in
+from ..core.file_names import file_names
 from ..core.files import atomic_path
 from ..core.hub import HubModel, find_model_files, model_version, read_model_config
 from ..core.progress import progress_bar
@@ -181,19 +182,18 @@ def _write_image(image, path):
     grey = (image.clamp(0, 1)*255).round().byte()
     with atomic_path(path) as part: Image.fromarray(grey.cpu().numpy()).save(part)
 
-def _image_name(output, case):
-    "File name of the image of a case, without odd characters"
-    parts = [re.sub(r'[^\w.-]', '_', str(value)) for value in case]
-    return f'{output}/{"-".join(parts)}.png'
+def _image_names(rows):
+    "File names of the images of all cases"
+    names = ('exam_id', 'laterality', 'image_id', 'fixed', 'moving')
+    ids = rows[[name for name in names if name in rows]]
+    return file_names(ids.itertuples(index=False), '.png')
 
-def _write_images(images, rows, folder, output):
-    "Write a batch of images; their paths, and the mean of each"
-    names = [_image_name(output, case) for case in rows.itertuples(index=False)]
+def _write_images(images, names, folder):
+    "Write a batch of images; the mean of each"
     for image, name in zip(images, names):
-        path = Path(folder)/name
-        _write_image(image[0], path)
+        _write_image(image[0], Path(folder)/name)
     means = images.float().mean((1, 2, 3))
-    return names, means.cpu().double()
+    return means.cpu().double()
 
 # %% ../../nbs/learners/10_systems.ipynb #0e917a9b
 class _Collector:
@@ -203,8 +203,7 @@ class _Collector:
         self.version, self.folder = version, folder
         self.values, self.paths, self.n = {}, {}, 0
         self.rows = _image_rows(dataset.rows)
-        names = ('exam_id', 'laterality', 'image_id', 'fixed', 'moving')
-        self.ids = self.rows[[name for name in names if name in self.rows]]
+        self.names = _image_names(self.rows)
 
     def add(self, out):
         "Take the outputs of a batch"
@@ -212,8 +211,8 @@ class _Collector:
             size = len(values)
             if isinstance(values, torch.Tensor) and values.ndim == 4:
                 if self.folder is None: continue
-                cases = self.ids.iloc[self.n:self.n+size]
-                paths, values = _write_images(values, cases, self.folder, name)
+                paths = [f'{name}/{file}' for file in self.names[self.n:self.n+size]]
+                values = _write_images(values, paths, self.folder)
                 self.paths.setdefault(name, []).extend(paths)
             self.values.setdefault(name, []).append(values)
         self.n += size

@@ -199,7 +199,7 @@ def _estimate(tables, metric, combine, groups, n_boot, seed, level, columns, met
     "`combine` [K,...] -> [...] makes one statistic of K tables"
     check_in(method, INTERVAL_METHODS, 'bootstrap', 'method')
     check_range(level, .5, .9999, 'bootstrap', 'level')
-    check_range(n_boot, 10, None, 'bootstrap', 'n_boot')
+    check_range(n_boot, 10, 10**6, 'bootstrap', 'n_boot', whole=True)
     point, values, n_redrawn = bootstrap_values(tables, metric, groups, n_boot, seed, columns)
     if point.ndim != 1:
         found = f'a value of shape {point.shape[1:]}'

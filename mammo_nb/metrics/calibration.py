@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from ..core.errors import check_in, check_range
+from ..core.figure_text import figure_text
 from .bootstrap import bootstrap_values
 from .predictions import check_predictions
 from .roc import draw_models
@@ -191,7 +192,8 @@ def _draw_calibration(ax, name, table, color, bins, strategy, groups, n_boot, se
     x = c['mean_value']
     low, high = c['observed_low'], c['observed_high']
     ax.vlines(x, low, high, color=color, alpha=.5)
-    ax.plot(x, c['observed'], 'o-', ms=4, color=color, label=legend.strip())
+    look = dict(ms=4, color=color, label=figure_text(legend.strip()))
+    ax.plot(x, c['observed'], 'o-', **look)
     count, edges = np.histogram(v, 20, (0, 1))
     height = .12*count/count.max()
     style = dict(width=.05, align='edge', alpha=.25, lw=0)

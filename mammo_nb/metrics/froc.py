@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from scipy import sparse
 from ..core.errors import check_in, check_range
+from ..core.figure_text import figure_text
 from .bootstrap import Estimate, bootstrap_values
 from .boxes import BoxMatching
 from .detection import froc_columns, froc_table
@@ -138,7 +139,7 @@ def _draw_curve(ax, name, curve, color):
     x = curve['fppi']
     steps = dict(color=color, step='post')
     ax.fill_between(x, curve['low'], curve['high'], alpha=.2, lw=0, **steps)
-    label = name or None
+    label = figure_text(name) or None
     ax.step(x, curve['recall'], where='post', color=color, label=label)
 
 def plot_froc(
@@ -185,7 +186,7 @@ def _with_mean(values):
 def _recall_rows(tables, combine, fppi, interpolate, per, n_boot, seed, level):
     "A row for each fppi and the mean; `combine` [N,...] -> [...] makes one statistic of N tables"
     check_range(level, .5, .9999, 'evaluate_boxes', 'level')
-    check_range(n_boot, 10, None, 'evaluate_boxes', 'n_boot')
+    check_range(n_boot, 10, 10**6, 'evaluate_boxes', 'n_boot', whole=True)
     metric = partial(recall_at_fppi, fppi=tuple(fppi), interpolate=interpolate)
     draws = dict(n_boot=n_boot, seed=seed, columns=froc_columns(per))
     point, values, n_redrawn = bootstrap_values(tables, metric, **draws)

@@ -12,6 +12,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np, pandas as pd
 from ..core.errors import InputError, check_in
 from ..core.files import atomic_path
+from ..core.tables import read_csv, write_csv
 from ..core.vocabulary import LATERALITIES, SPLITS
 
 # %% ../../nbs/metrics/01_predictions.ipynb #3771d844
@@ -211,11 +212,10 @@ def write_predictions(
     path = Path(path)
     check_in(path.suffix, ENDINGS, path, 'file ending')
     t = check_predictions(predictions).reset_index(drop=True)
+    if path.suffix == '.csv':
+        return write_csv(t, path)
     with atomic_path(path) as part:
-        if path.suffix == '.csv':
-            t.to_csv(part, index=False)
-        else:
-            t.to_parquet(part, index=False)
+        t.to_parquet(part, index=False)
     return path
 
 # %% ../../nbs/metrics/01_predictions.ipynb #fa4d7884
@@ -229,7 +229,7 @@ def _read_csv(path):
     "Read a CSV file with every digit and every leading zero"
     text, exact = ({c: kind for c in columns} for columns, kind in
                    ((TEXT_COLUMNS, 'str'), (NUMBER_COLUMNS, _number)))
-    return pd.read_csv(path, dtype=text, converters=exact, keep_default_na=False, na_values=[''])
+    return read_csv(path, dtype=text, converters=exact, keep_default_na=False, na_values=[''])
 
 def _as_text(column):
     "Texts, with missing values where there were some"

@@ -9,6 +9,7 @@ __all__ = ['roc_points', 'sensitivity_at', 'roc_band', 'draw_models', 'plot_roc'
 from functools import partial
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt, seaborn as sns
+from ..core.figure_text import figure_text
 from .bootstrap import bootstrap_ci, bootstrap_values
 from .thresholds import known_labels
 from .weighted import as_weights, auc, ratio
@@ -112,7 +113,7 @@ def _draw_roc(ax, name, table, color, groups, n_boot, seed):
     low, high = band['low'], band['high']
     ax.fill_between(band['fpr'], low, high, color=color, alpha=.2, lw=0)
     corners = roc_points(t['label'], t['value'])
-    ax.plot(*corners, color=color, label=legend.strip())
+    ax.plot(*corners, color=color, label=figure_text(legend.strip()))
 
 # %% ../../nbs/metrics/11_roc.ipynb #0c2ce650
 def plot_roc(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core.errors import InputError, check_range
 from .cumulative import CumulativeProbabilityLayer
 from .dual_stream import DualStreamBlock
-from .encoders import make_encoder
+from .encoders import ENCODER_OPTIONS, make_encoder
 from .freezing import freeze_module
 from .longitudinal import LongitudinalFeatureProcessor
 from .risk import BaseRiskModel
@@ -31,6 +31,7 @@ def _check_module(registration):
 class LMVNet(BaseRiskModel):
     "Longitudinal multi-view risk"
     system = 'lmvnet'
+    config_options = ENCODER_OPTIONS
     def __init__(self,
         encoder:str|nn.Module='resnet18', # a name for `make_encoder`, or a module with `channels`
         registration:nn.Module|None=None, # `(fixed, moving)` -> flow; `None`: flows of the batch
@@ -56,8 +57,7 @@ class LMVNet(BaseRiskModel):
         check_range(token_pool, 1, 16, 'LMVNet', 'token_pool', whole=True)
         self.prior_dropout, self.view_dropout = prior_dropout, view_dropout
         self.token_pool, self.years = token_pool, years
-        if isinstance(encoder, str):
-            encoder = make_encoder(encoder, stride, pretrained, **kwargs)
+        if isinstance(encoder, str): encoder = make_encoder(encoder, stride, pretrained, **kwargs)
         if freeze_encoder: freeze_module(encoder)
         if registration is not None: freeze_module(_check_module(registration))
         self.processor = LongitudinalFeatureProcessor(encoder, diff_mode, prior_mode)

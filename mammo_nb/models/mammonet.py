@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from ..core.errors import check_range
 from .attention import CrossViewAttention
-from .encoders import make_encoder
+from .encoders import ENCODER_OPTIONS, make_encoder
 from .grad_cam import grad_cam
 from .pooling import FusionHead
 from .receptive_field import centre_cells, resize_to_image
@@ -31,6 +31,7 @@ def _halves(encoders):
 class MammoNet(HubModel):
     "Two views -> the logit of malignancy, class-activation maps, and what the losses need"
     system = 'mammonet'
+    config_options = ENCODER_OPTIONS
     def __init__(self,
         encoder:str='resnet18', # `small` or an encoder of timm whose stages run one after another
         views:tuple=('cc', 'mlo'), # that it reads; one of them: the paper's single-view rows

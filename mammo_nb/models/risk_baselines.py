@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from .cumulative import CumulativeProbabilityLayer
-from .encoders import make_encoder
+from .encoders import ENCODER_OPTIONS, make_encoder
 from .risk import BaseRiskModel
 from .views import encode_present, fuse_view_risks, presence_masks
 
@@ -35,6 +35,7 @@ class DensityRisk(BaseRiskModel):
 class CurrentExamRisk(BaseRiskModel):
     "Risk from CC and MLO of the current exam"
     system = 'current_exam'
+    config_options = ENCODER_OPTIONS
     def __init__(self,
         encoder:str|nn.Module='resnet18', # a name for `make_encoder`, or a module with `channels`
         stride:int=32, # pixels of the image a cell of the map

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in
-from .encoders import make_encoder
+from .encoders import ENCODER_OPTIONS, make_encoder
 from .pooling import EvidencePool
 from .views import presence_masks
 from ..core.hub import HubModel
@@ -20,6 +20,7 @@ from ..core.hub import HubModel
 class TwoViewNet(HubModel):
     "Two views of one breast -> the logit of malignancy, fused and for each view, and evidence maps"
     system = 'two_view'
+    config_options = ENCODER_OPTIONS
     def __init__(self,
         encoder:str|nn.Module='small', # a name for `make_encoder`, or an encoder of your own
         views:tuple=('cc', 'mlo'), # that it reads; one of them: a single-view model

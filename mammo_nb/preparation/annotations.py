@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 from ..core.diagram import draw_scale_bar
 from ..core.errors import InputError
+from ..core.figure_text import figure_text
 from ..core.geometry import Affine, map_mask
 from .prepared_cohort import PreparedCohort, check_prepared
 from .resampling import sample_matrix
@@ -155,5 +156,5 @@ def show_prepared(
     if p.spacing_mm:
         _draw_scale_bar(ax, p.mask.shape, p.spacing_mm)
     ax.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
-    ax.set_title(image_id, fontsize=10)
+    ax.set_title(figure_text(image_id), fontsize=10)
     return ax

@@ -14,9 +14,11 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.errors import InputError, check_in, check_range
 from ..core.geometry import Affine, mask_box
+from ..dicom.stored_pixels import MAX_SIDE
 from mammo_nb.preparation.breast_mask import (
     breast_mask, chest_wall_side, coarse_image, find_film_border
 )
+from .skin_line import film_mask, film_window, strip_depth
 from .prepared import Prepared
 from .resampling import resample, sample_matrix
 
@@ -27,8 +29,9 @@ def _check_size(size):
         sides = tuple(int(s) for s in ((size, size) if isinstance(size, int) else size))
     except (TypeError, ValueError):
         sides = ()
-    if len(sides) != 2 or min(sides) < 8:
-        raise InputError('PrepareConfig', 'size', repr(size), '(rows, columns), both at least 8')
+    if len(sides) != 2 or min(sides) < 8 or max(sides) > MAX_SIDE:
+        expected = f'(rows, columns), both from 8 to {MAX_SIDE}'
+        raise InputError('PrepareConfig', 'size', repr(size), expected)
     return sides
 
 @dataclass(frozen=True)
@@ -248,20 +251,35 @@ def _whole_pixels(window, factor, size, stored_shape, border, mirror):
         x1 = min(width-right, x0 + round(w*factor))
     return (x0, y0, x1, y1), (h, w)
 
+# %% ../../nbs/preparation/10_prepare.ipynb #676fe111
+def _length(n, spacing):
+    "Stored pixels, and millimetres where they are known"
+    pixels = f'{n} pixels'
+    if not spacing: return pixels
+    return f'{pixels}, {n*spacing:.1f} mm'
+
 def _border_note(border, spacing):
     "What is left out at which edge, as a tuple of at most one note"
     cuts = []
     for side, n in zip(('top', 'bottom', 'left', 'right'), border):
-        if n:
-            size = f'{n} pixels, {n*spacing:.1f} mm' if spacing else f'{n} pixels'
-            cuts.append(f'{size} at the {side}')
-    return (f'film border left out: {"; ".join(cuts)}',) if cuts else ()
+        if n: cuts.append(f'{_length(n, spacing)} at the {side}')
+    if not cuts: return ()
+    return (f'film border left out: {"; ".join(cuts)}',)
 
+def _strip_note(grey, k, spacing):
+    "How much of the top is left out as a strip, as a tuple of at most one note"
+    film = film_window(grey)
+    n = k*strip_depth(grey[film])
+    if not n: return ()
+    return (f'strip across the top left out: {_length(n, spacing)}',)
+
+# %% ../../nbs/preparation/10_prepare.ipynb #e92a2cd8
 def _plan(source, laterality, config, where):
     "The plan for a source"
     stored_shape = source.pixels.shape
     coarse, k = coarse_image(source.pixels)
-    mask = breast_mask(source.bright(coarse), where)
+    grey = source.bright(coarse)
+    mask = breast_mask(grey, where) if source.digital else film_mask(grey, where)
     border = 0, 0, 0, 0
     if not source.digital:
         border = find_film_border(source.pixels, mask, k, source.bright)
@@ -272,6 +290,7 @@ def _plan(source, laterality, config, where):
     if config.crop:
         window = filled
     notes = source.notes + notes + _border_note(border, source.spacing)
+    if not source.digital: notes += _strip_note(grey, k, source.spacing)
     return Plan(window, factor, shape, mirror, mask, k, border, notes)
 
 # %% ../../nbs/preparation/10_prepare.ipynb #1e79523d

@@ -16,9 +16,9 @@ import numpy as np
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..core.errors import InputError
-from ..core.monitor import usable_cores
 from ..core.progress import progress_bar
-from .cache import Cache
+from ..core.workers import count_workers, in_workers
+from .cache import Cache, CacheError
 from .prepare import PrepareConfig
 from .prepared import Prepared
 
@@ -143,6 +143,8 @@ def prepare_file(
     try:
         key, _, was_prepared = Cache(folder).get_or_prepare(file.path, file.laterality, config)
         return file.image_id, key, was_prepared, None
+    except CacheError:
+        raise # no fault of the file, and the next one would fail too
     except InputError as e:
         failure = e.what, str(e.found), e.expected
     except OSError as e:
@@ -152,22 +154,11 @@ def prepare_file(
     return file.image_id, None, False, (file.path, *failure)
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #0654e09f
-def _prepare_in_parallel(files, folder, config, workers)->Iterator:
-    "Results of `prepare_file` in any order"
-    from joblib import Parallel, delayed, parallel_config
-    from mammo_nb.preparation.prepared_cohort import prepare_file # by name, so that workers import it
-    jobs = (delayed(prepare_file)(folder, f, config) for f in files)
-    with parallel_config('loky', inner_max_num_threads=1):
-        pool = Parallel(n_jobs=workers, return_as='generator_unordered', batch_size=1)
-        yield from pool(jobs)
-
 def _prepare_all(files, folder, config, workers)->Iterator:
-    "Results of `prepare_file`, here or in worker processes"
-    workers = min(workers or usable_cores(), len(files))
-    if workers > 1:
-        yield from _prepare_in_parallel(files, folder, config, workers)
-    else:
-        yield from (prepare_file(folder, f, config) for f in files)
+    "Results of `prepare_file` in any order, from here or from worker processes"
+    from mammo_nb.preparation.prepared_cohort import prepare_file # by name, so that workers import it
+    jobs = [(folder, f, config) for f in files]
+    return in_workers(prepare_file, jobs, max(1, min(workers, len(jobs))))
 
 # %% ../../nbs/preparation/25_prepared_cohort.ipynb #b1a74a6d
 def _check_cohort(cohort):
@@ -202,7 +193,7 @@ def _cached_entry(cache, file, config):
     "(key, stored shape) of a file whose entry exists, `None` twice where there is work to do"
     try:
         key, entry = cache.lookup(file.path, file.laterality, config)
-    except OSError:
+    except (OSError, InputError): # `prepare_file` tells what is wrong
         return None, None
     return key, None if entry is None else entry.stored_shape
 
@@ -275,6 +266,7 @@ def prepare_cohort(
 )->PreparedCohort: # with `failures`, `n_prepared` and `n_cached`
     "Prepare all images of a cohort, in parallel, and reuse what is valid"
     cohort, config = _check_cohort(cohort), _choose_config(config, kwargs)
+    workers = count_workers(workers, 'prepare_cohort')
     cache = folder if isinstance(folder, Cache) else Cache(folder)
     cache.sweep()
     files, failures = image_files(cohort)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core.errors import InputError, check_range
+from ..core.figure_text import figure_text
 from .flow import check_flow, pixel_grid, warp, warp_points
 
 # %% ../../nbs/registration/03_error.ipynb #38448a50
@@ -110,5 +111,5 @@ def show_registration(
         ax.set_title(name, fontsize=9)
         ax.axis('off')
     if arrows: _draw_arrows(axs[0], flow, fixed > 0, arrows)
-    if title: fig.suptitle(title, fontsize=10)
+    if title: fig.suptitle(figure_text(title), fontsize=10)
     return axs

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOR', 'AGAINST', 'EMPTY', 'OVERLAYS', 'signed_layer', 'scale_limit', 'is_empty', 'show_maps', 'maps_per_area',
-           'load_views', 'attribution_overlay', 'overlay_name', 'write_overlays']
+           'load_views', 'attribution_overlay', 'write_overlays']
 
 # %% ../../nbs/report/07_overlay.ipynb #7b94ade9
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import nn
 from ..cohort.exams import breast_table
 from ..core.diagram import draw_scale_bar
 from ..core.errors import check_in
+from ..core.figure_text import figure_text
+from ..core.file_names import file_names
 from ..core.files import atomic_path
 from ..core.progress import progress_bar
 from ..preparation.annotations import map_layer
@@ -73,7 +75,7 @@ def _draw_view(ax, p, boxes, title):
         outline = plt.Rectangle((x0, y0), x1-x0, y1-y0, fill=False, ec='w')
         ax.add_patch(outline)
     ax.set(xticks=[], yticks=[], xlim=(0, w), ylim=(h, 0))
-    ax.set_title(title, fontsize=10)
+    ax.set_title(figure_text(title), fontsize=10)
     if p.spacing_mm: draw_scale_bar(ax, p.spacing_mm)
 
 def _draw_map(ax, values, p, limit):
@@ -91,7 +93,7 @@ def _draw_scale(fig, axs, limit, unit):
     colours = LinearSegmentedColormap.from_list('signed', [AGAINST, (.15, .15, .15), FOR])
     end = limit or 1
     scale = plt.cm.ScalarMappable(plt.Normalize(-end, end), colours)
-    fig.colorbar(scale, ax=axs, shrink=.8, label=f'{unit}; orange supports cancer')
+    fig.colorbar(scale, ax=axs, shrink=.8, label=figure_text(f'{unit}; orange supports cancer'))
 
 # %% ../../nbs/report/07_overlay.ipynb #b3f9e22c
 def show_maps(
@@ -115,7 +117,7 @@ def show_maps(
         _draw_view(with_map, p, boxes.get(view, ()), f'{view.upper()}, attribution')
         if view in maps: _draw_map(with_map, maps[view], p, limit)
     _draw_scale(fig, axs, limit, unit)
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle(figure_text(title), fontsize=11)
     return fig
 
 # %% ../../nbs/report/07_overlay.ipynb #ae148e33
@@ -165,15 +167,6 @@ def attribution_overlay(
 # %% ../../nbs/report/07_overlay.ipynb #32438712
 OVERLAYS = dict(two_view=attribution_overlay, mammonet=attribution_overlay)
 
-def overlay_name(
-    exam_id:str, # any text
-    laterality:str # `L` or `R`
-)->str: # letters, digits and `-_.`; ends in `.png`
-    "Name the overlay file of a breast"
-    name = f'{exam_id}-{laterality}'
-    letters = [c if c.isalnum() or c in '-_.' else '_' for c in name]
-    return ''.join(letters) + '.png'
-
 def write_overlays(
     model:nn.Module, # of a system in `OVERLAYS`
     prepared:PreparedCohort, # images prepared like those of training
@@ -186,8 +179,9 @@ def write_overlays(
     wanted = table[['exam_id', 'laterality']].drop_duplicates()
     breasts = breast_table(prepared.cohort, labels=False)
     cases = list(breasts.merge(wanted, on=['exam_id', 'laterality']).itertuples())
-    for case in progress_bar(cases, desc='overlays', enabled=progress):
-        name = overlay_name(case.exam_id, case.laterality)
+    names = file_names([(case.exam_id, case.laterality) for case in cases], '.png')
+    drawn = progress_bar(list(zip(cases, names)), desc='overlays', enabled=progress)
+    for case, name in drawn:
         fig = OVERLAYS[model.system](model, prepared, case)
         with atomic_path(Path(folder)/name) as part: fig.savefig(part, dpi=110)
         plt.close(fig)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 import pandas as pd
 from ..core.monitor import Monitor
+from ..core.results import ResultFolder
 from ..metrics.predictions import write_predictions
 from ..metrics.tables import pivot_outputs
 from .page import Section, page_html, write_page
@@ -123,7 +124,11 @@ def run_tour(
         with tour.stages as stages:
             patients = f'{config.n_patients} in-silico patients and two real exams'
             stages.tell(f'the tour in {folder}: {patients}')
-            write_predictions(tour.predictions, tour.folder/'predictions.csv')
-            page = write_page(tour.folder/'index.html', tour_page(tour))
+            results = ResultFolder(tour.folder, 'mammo_tour')
+            results.check(['index.html', 'predictions.csv'])
+            with results.new() as new:
+                write_predictions(tour.predictions, new/'predictions.csv')
+                write_page(new/'index.html', tour_page(tour))
+            page = tour.folder/'index.html'
     _tell_summary(stages, monitor, page, tell)
     return page

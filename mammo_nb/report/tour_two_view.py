@@ -16,6 +16,7 @@ from ..cohort.cohort import Cohort
 from ..cohort.exams import breast_table
 from ..cohort.hanging import show_exam
 from ..core.diagram import draw_scale_bar
+from ..core.figure_text import figure_text
 from ..core.vocabulary import HANGING
 from ..metrics.bootstrap import bootstrap_ci, paired_difference
 from ..metrics.calibration import plot_calibration
@@ -119,7 +120,7 @@ def hanging(
     titles = f'{exam_id}: stored', 'prepared, {} x {}'.format(*prepared.config.size)
     for half, title in zip(halves, titles):
         half.set_facecolor('k')
-        half.suptitle(title, color='w', fontsize=11, y=.985)
+        half.suptitle(figure_text(title), color='w', fontsize=11, y=.985)
     return fig
 
 # %% ../../nbs/report/12_tour_two_view.ipynb #9f902faf

@@ -17,6 +17,7 @@ from fasttransform import ItemTransform
 from ..cohort.leaks import LeakError
 from ..core.errors import InputError, check_range
 from ..core.files import text_sha256
+from ..core.workers import count_workers
 from ..preparation.prepared_cohort import PreparedCohort
 from .dataset import SampleDataset
 from .sample import Sample, collate_samples
@@ -155,6 +156,7 @@ def sample_dls(
 )->DataLoaders: # `train` and `valid`
     "Make the loaders of any task"
     bs = check_range(bs, 1, None, where, 'bs', whole=True)
+    num_workers = count_workers(num_workers, where, 'num_workers', 0)
     check_training_images(*sets, where)
     if not len(sets[0]):
         raise InputError(where, 'training set', f'no sample ({sets[0]!r})', 'at least one')
@@ -181,6 +183,7 @@ def prediction_dl(
 )->SampleDL: # in the order of the rows, nothing augmented or dropped
     "Make a loader for prediction"
     check_range(bs, 1, None, 'predict', 'bs', whole=True)
+    num_workers = count_workers(num_workers, 'predict', 'num_workers', 0)
     restore = RestoreSampleTypes(dataset.input_type, dataset.target_type)
     return SampleDL(
         dataset, bs=bs, shuffle=False, drop_last=False, num_workers=num_workers,

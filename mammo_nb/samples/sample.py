@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 from ..core.errors import check_in
+from ..core.figure_text import figure_text
 
 # %% ../../nbs/samples/01_sample.ipynb #de152809
 FIELD_KINDS = ('image', 'mask', 'map', 'boxes', 'points', 'flow', 'number')
@@ -111,7 +112,7 @@ def _draw_images(sample, fields, ax, **kwargs):
         ax.imshow(image, **look | kwargs)
         label = field.label if exists else f'{field.label} missing'
         style = dict(color='w', fontsize=8, ha='right', va='top')
-        ax.text(left+.97*w, .03*h, label, **style)
+        ax.text(left+.97*w, .03*h, figure_text(label), **style)
         ax.panels[field.grid] = left, w, h
     ax.set_xlim(0, len(fields)*w)
     ax.set_ylim(h, 0)
@@ -199,8 +200,8 @@ def show_sample(
     if images and not hasattr(ctx, 'panels'): _draw_images(sample, images, ctx, **kwargs)
     for field in fields: _draw_over(sample, field, ctx)
     title, caption = sample.title(), sample.caption()
-    if title: ctx.set_title(title, fontsize=9)
-    if caption: ctx.set_xlabel(caption, fontsize=8)
+    if title: ctx.set_title(figure_text(title), fontsize=9)
+    if caption: ctx.set_xlabel(figure_text(caption), fontsize=8)
     return ctx
 
 Sample.show = show_sample

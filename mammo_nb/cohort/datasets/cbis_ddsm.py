@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from ...core.errors import InputError, check_in
 from ...core.progress import progress_bar
+from ...core.workers import count_workers
 from ..cohort import Cohort
 from mammo_nb.cohort.datasets.cbis_files import (
     MaskMemory, choose_mask, header_facts, index_files, series_files
@@ -124,7 +125,7 @@ def find_masks(
     sizes = {o.image_id: (o.rows, o.cols) for o in images.itertuples()}
     findings = [f for f in t.itertuples() if f.image_id in sizes]
     read = lambda f: _mask_of(f, sizes[f.image_id], index, root, memory)
-    rows, pool = {}, ThreadPoolExecutor(workers)
+    rows, pool = {}, ThreadPoolExecutor(count_workers(workers, 'cbis_ddsm'))
     try:
         results = pool.map(read, findings)
         shown = progress_bar(results, len(findings), 'masks', progress)
