@@ -52,23 +52,25 @@ def skin_contour(
     if not len(below) or not len(above): return skin[:0]
     return skin[below[0]:above[-1]+1]
 
-# %% ../../nbs/registration/27_nipple.ipynb #748fc384
+# %% ../../nbs/registration/27_nipple.ipynb #695cb349
 def resample_contour(
     contour:np.ndarray, # [N,2] (row, column)
     n:int # points
 )->np.ndarray: # [n,2], equally far from each other along the contour
     "Sample a contour at equal steps of arc length"
-    steps = np.linalg.norm(np.diff(contour, axis=0), axis=1)
+    steps = np.diff(contour, axis=0)
+    steps = np.linalg.norm(steps, axis=1)
     length = np.concatenate([[0], steps.cumsum()])
     places = np.linspace(0, length[-1], n)
     columns = [np.interp(places, length, values) for values in contour.T]
     return np.stack(columns, 1)
 
-# %% ../../nbs/registration/27_nipple.ipynb #0ee16bba
+# %% ../../nbs/registration/27_nipple.ipynb #33ead3e2
 CONTOUR_POINTS = 256 # of a contour, for the search along it
 
 def _curve_length(points):
-    return np.linalg.norm(np.diff(points, axis=0), axis=1).sum()
+    steps = np.diff(points, axis=0)
+    return np.linalg.norm(steps, axis=1).sum()
 
 def _smooth(points, sigma):
     "A contour, blurred along itself by so many pixels"
@@ -234,11 +236,12 @@ def nipple_table(
         rows.append(dict(image_id=image_id, **values, source=source, problem=problem))
     return pd.DataFrame(rows, columns=['image_id', *NIPPLE_COLUMNS, 'source', 'problem'])
 
-# %% ../../nbs/registration/27_nipple.ipynb #e786a795
+# %% ../../nbs/registration/27_nipple.ipynb #e5caf29f
 def _deviation(nipple, offset):
     "Mahalanobis distance of an offset (row, col); NaN without a covariance"
     a, b, c = (nipple[name] for name in NIPPLE_COLUMNS[2:5])
-    if not a*c-b*b > 0: return np.nan
+    determinant = a*c - b*b
+    if not determinant > 0: return np.nan
     covariance = np.array([[a, b], [b, c]])
     squared = offset @ np.linalg.solve(covariance, offset)
     return float(np.sqrt(squared))
