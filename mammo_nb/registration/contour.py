@@ -6,7 +6,7 @@
 __all__ = ['outline_points', 'thin_plate_flow', 'mask_overlap', 'warp_mask', 'contour_flow', 'BilateralFlows', 'bilateral_pairs',
            'bilateral_flows', 'true_bilateral_flow']
 
-# %% ../../nbs/registration/30_contour.ipynb #dba093be
+# %% ../../nbs/registration/30_contour.ipynb #821f83d0
 import math
 import numpy as np, pandas as pd, torch
 from scipy.interpolate import RBFInterpolator
@@ -20,7 +20,9 @@ from ..insilico.images import positioning
 from ..preparation.prepared_cohort import PreparedCohort, check_prepared
 from .flow import resize_flow, warp
 from .folding import folding_percent
-from .nipple import contour_problem, nipple_table, resample_contour, skin_contour
+from mammo_nb.registration.nipple import (
+    contour_problem, nipple_table, resample_contour, skin_contour
+)
 from .prior_flows import FLOW_CELL
 from ..samples.dataset import prepared_ids
 
@@ -128,7 +130,7 @@ def _spline_flow(masks, nipples, cells):
     if overlap < _LEAST_OVERLAP: return None, 'the contours do not fit'
     return flow, None
 
-# %% ../../nbs/registration/30_contour.ipynb #6a0d3a66
+# %% ../../nbs/registration/30_contour.ipynb #4330ae86
 def contour_flow(
     mask:np.ndarray, # [H,W] bool, breast of the main image, chest wall at the left
     other_mask:np.ndarray, # [H,W] bool, the other breast
@@ -139,7 +141,8 @@ def contour_flow(
 )->tuple: # flow [1,2,h,w] in cells, main to other; and a reason, `None` where it is aligned
     "Align the other breast to the main one by their contours"
     if mask.shape != other_mask.shape:
-        raise InputError('contour_flow', 'other_mask', other_mask.shape, f'{mask.shape}, as the mask')
+        expected = f'{mask.shape}, as the mask'
+        raise InputError('contour_flow', 'other_mask', other_mask.shape, expected)
     if flip: other_mask = other_mask[:, ::-1]
     if flip and other_nipple is not None:
         row, col = other_nipple
@@ -153,7 +156,7 @@ def contour_flow(
     if flow is None: flow = torch.zeros(1, 2, *cells)
     return (_mirror_flow(flow) if flip else flow), reason
 
-# %% ../../nbs/registration/30_contour.ipynb #e17a35b6
+# %% ../../nbs/registration/30_contour.ipynb #e345e6ba
 class BilateralFlows(dict):
     "(main image id, contralateral image id) -> flow [2,h,w], float16, in cells; and a `table`"
     table = None # one row a pair: `aligned`, `reason`, `nipple`, `overlap_before`, `overlap_after`
@@ -170,12 +173,17 @@ def bilateral_pairs(
     columns = ['image_id', 'image_id_contralateral']
     missing = [c for c in columns if c not in rows]
     if missing:
-        raise InputError('bilateral_pairs', 'rows', f'no column {", ".join(missing)}', 'a table with both')
+        found = f'no column {", ".join(missing)}'
+        raise InputError('bilateral_pairs', 'rows', found, 'as from three_view_cases')
     ids = prepared_ids(rows, prepared, columns)
     exist = pd.notna(ids).all(1)
     return sorted(set(map(tuple, ids[exist])))
 
-# %% ../../nbs/registration/30_contour.ipynb #e9a19b9f
+# %% ../../nbs/registration/30_contour.ipynb #5b18865a
+_PAIR_COLUMNS = [ # of the table of a `BilateralFlows`
+    'image_id', 'image_id_contralateral', 'aligned', 'reason', 'nipple',
+    'overlap_before', 'overlap_after']
+
 def _places(nipples, least_confidence):
     "image id -> (row, column) of the nipples that may anchor"
     sure = nipples[nipples.confidence >= least_confidence]
@@ -187,9 +195,8 @@ def _pair_row(pair, masks, flow, reason, anchored):
     "One row of the table of a `BilateralFlows`"
     before = mask_overlap(*masks)
     after = mask_overlap(masks[0], warp_mask(masks[1], flow))
-    done = dict(aligned=reason is None, reason=reason, nipple=anchored)
-    ids = dict(zip(('image_id', 'image_id_contralateral'), pair))
-    return ids | done | dict(overlap_before=before, overlap_after=after)
+    values = *pair, reason is None, reason, anchored, before, after
+    return dict(zip(_PAIR_COLUMNS, values))
 
 def bilateral_flows(
     prepared:PreparedCohort, # the prepared images
@@ -213,8 +220,7 @@ def bilateral_flows(
         anchored = all(a is not None for a in anchors)
         flows[pair] = flow[0].half()
         table.append(_pair_row(pair, both, flow, reason, anchored))
-    columns = ['image_id', 'image_id_contralateral', 'aligned', 'reason', 'nipple', 'overlap_before', 'overlap_after']
-    flows.table = pd.DataFrame(table, columns=columns)
+    flows.table = pd.DataFrame(table, columns=_PAIR_COLUMNS)
     return flows
 
 # %% ../../nbs/registration/30_contour.ipynb #eafb0ec4

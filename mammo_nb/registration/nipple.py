@@ -213,14 +213,14 @@ def _find_nipple(prepared, image_id, view, detector, manual):
     if problem: return dict(confidence=0.), 'none', problem
     return contour_nipple(p.image[0], p.mask, view), 'contour', None
 
-# %% ../../nbs/registration/27_nipple.ipynb #bf2aa58d
+# %% ../../nbs/registration/27_nipple.ipynb #589521ca
 def nipple_table(
     prepared:PreparedCohort, # the prepared images
     image_ids=None, # of the images table; `None`: all that are prepared
     detector=None, # `(image, mask, view)` -> dict as from `contour_nipple`, or `None`
     manual:bool=True, # prefer `nipple_row` and `nipple_col` of the images table
     progress:bool=True # a progress bar
-)->pd.DataFrame: # `image_id`, place and covariance (prepared pixels), `confidence`, `source`, `problem`
+)->pd.DataFrame: # `image_id`, place, covariance, `confidence`, `source`, `problem`; prepared pixels
     "Locate the nipples of a cohort"
     images = check_prepared(prepared, 'nipple_table').cohort.images
     views = dict(zip(images.image_id, images['view']))
