@@ -12,7 +12,7 @@ from mammo_nb.insilico.files import insilico_cohort, write_insilico
 from mammo_nb.preparation.prepare import PrepareConfig, prepare
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
 from mammo_nb.registration.contour import (
-    bilateral_flows, contour_flow, mask_overlap, true_bilateral_flow, warp_mask
+    bilateral_flows, contour_flow, breast_overlap, true_bilateral_flow, warp_mask
 )
 from mammo_nb.registration.flow import compose, resize_flow, warp
 from mammo_nb.registration.folding import folding_percent
@@ -153,7 +153,7 @@ def test_the_mirrored_image_is_mirrored_back():
     image = torch.rand(192, 144, generator=torch.Generator().manual_seed(0))*torch.from_numpy(mask)
     flow, reason = contour_flow(mask, mask[:, ::-1], (96, 84), (96, 60), flip=True)
     assert reason is None
-    assert mask_overlap(mask, warp_mask(mask[:, ::-1], flow)) == 1
+    assert breast_overlap(mask, warp_mask(mask[:, ::-1], flow)) == 1
     assert (warp(image.flip(-1)[None, None], flow)[0, 0]-image).abs().max() < 1e-3
 
 @pytest.mark.parametrize('shift', [-15, 9])
@@ -172,7 +172,7 @@ def test_nothing_folds_and_the_contours_fit(seed):
     flow, reason = contour_flow(*masks, cells=(48, 36))
     assert reason is None
     assert folding_percent(flow) == 0
-    assert mask_overlap(masks[0], warp_mask(masks[1], flow)) > .95
+    assert breast_overlap(masks[0], warp_mask(masks[1], flow)) > .95
 
 @pytest.mark.parametrize('mask, problem', [
     (np.zeros((192, 144), bool), 'no breast'),
