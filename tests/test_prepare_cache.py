@@ -16,7 +16,7 @@ from mammo_nb.dicom.write import write_mammogram
 import mammo_nb.preparation.breast_mask as breast_mask_module
 from mammo_nb.preparation import cache as module
 import mammo_nb.preparation.prepare as prepare_module
-from mammo_nb.preparation.cache import Cache, pack_entry, read_pixels, unpack_entry
+from mammo_nb.preparation.cache import Cache, CacheError, pack_entry, read_pixels, unpack_entry
 from mammo_nb.preparation.prepare import PrepareConfig, prepare
 from mammo_nb.preparation.prepared_cohort import PreparedCohort, prepare_cohort
 
@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_nothing_behind(cache, monkeypatch):
     def full(*paths):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr('os.replace', full)
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(CacheError, match='No space'):
         cache.write(cache.entry('ab'), b'x')
     assert not list((cache.folder/'tmp').iterdir())
     assert not entries(cache.folder)

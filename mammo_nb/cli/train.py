@@ -95,14 +95,15 @@ MODEL_FILES = ('config.json', 'model.safetensors', 'README.md', 'history.csv', '
 
 def _save_model(learn, prepared, split, results):
     "Save a trained model, and again with its metrics; these, or `None`"
-    with results.new() as new:
+    with results.new(last=('config.json',)) as new:
         learn.model.save_pretrained(new)
         write_csv(training_history(learn), new/'history.csv')
     try: metrics = evaluate(predict(learn, prepared, split=split))
     except InputError as e:
         print(f'The metrics of the split {split} cannot be computed: {e}')
         return
-    with results.new() as new: learn.model.save_pretrained(new, metrics=metrics)
+    with results.new(last=('config.json',)) as new:
+        learn.model.save_pretrained(new, metrics=metrics)
     return metrics
 
 # %% ../../nbs/cli/10_train.ipynb #394af536

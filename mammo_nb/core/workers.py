@@ -19,7 +19,7 @@ def count_workers(
     what:str='workers', # name of the argument
     least:int=1 # 0: this process alone is a choice too
 )->int: # `least` or more
-    "Count the worker processes; raises `InputError` for more than four per core (or 16)"
+    "Count the worker processes; raises `InputError` for more than 16 and more than four per core"
     if workers is None: return usable_cores()
     most = max(16, 4*usable_cores())
     return int(check_range(workers, least, most, where, what, whole=True))

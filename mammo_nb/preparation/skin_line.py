@@ -237,6 +237,8 @@ def follow_skin(
     return found
 
 # %% ../../nbs/preparation/02_skin_line.ipynb #8f9ce388
+_SMALLEST = 192 # pixels of the longer side: in a smaller image the rim is too thin to follow
+
 def _first_mask(x, film, cols, where):
     "The threshold mask of the film, or, where the breast fills it, of the image around it"
     try: return breast_mask(film, where)
@@ -248,6 +250,7 @@ def film_mask(
 )->np.ndarray: # [h,w] bool; raises `InputError` where there is no breast
     "Find the breast on a scanned film"
     x = np.asarray(x, np.float32)
+    if max(x.shape) < _SMALLEST: return breast_mask(x, where)
     rows, cols = film_window(x)
     top = rows.start or 0
     top += strip_depth(x[rows, cols])
