@@ -105,21 +105,21 @@ def test_missing_images_are_never_read(training):
     for image in (other, junk):
         copy = HRNet(**TINY).train(training)
         copy.load_state_dict(net.state_dict())
-        maps = run_siamese(copy, main, image, present)
+        maps = run_siamese(copy, main, image, present, together=training)
         states.append((maps, copy.state_dict()))
     (maps, state), (junk_maps, junk_state) = states
     for a, b in zip([*maps[0], *maps[1]], [*junk_maps[0], *junk_maps[1]]):
         assert torch.equal(a, b)
     assert all(torch.equal(state[k], junk_state[k]) for k in state)
     assert all(not m[1].any() for m in maps[1])
-    nobody = run_siamese(net, main, other, torch.zeros(3))[1]
+    nobody = run_siamese(net, main, other, torch.zeros(3), together=training)[1]
     assert all(not m.any() and len(m) == 3 for m in nobody)
 
 
 def test_gradients_reach_the_stem_from_both_images():
     net = HRNet(**SMALL_HRNET).train()
     pair = torch.rand(2, 2, 1, 48, 32, requires_grad=True)
-    of_main, of_other = run_siamese(net, *pair, torch.ones(2))
+    of_main, of_other = run_siamese(net, *pair, torch.ones(2), together=True)
     sum(m.square().sum() for m in of_main+of_other).backward()
     assert net.body.conv1.weight.grad.any()
     assert pair.grad[0].any() and pair.grad[1].any()
