@@ -55,6 +55,7 @@ class System:
     primary: str # the output that every predicted case has
     forward: Callable = call_model # `(model, inputs)` -> what the model returns
     check: Callable|None = None # `(model, dataset)`: refuse samples that do not fit the training
+    truth: Callable|None = None # `(dataset, name, version)` -> rows of true boxes for the table
     monitor: str = 'valid_loss' # metric by which the best epoch is chosen
     small: dict = field(default_factory=dict) # arguments of a quick training, for checks
 
@@ -66,6 +67,9 @@ SYSTEM_MODULES = dict( # name of a system -> module that registers it
     two_view=f'{_LEARNERS}.two_view',
     mammonet=f'{_LEARNERS}.mammonet',
     registration=f'{_LEARNERS}.registration',
+    ipsidual=f'{_LEARNERS}.momminet',
+    bidual=f'{_LEARNERS}.momminet',
+    momminet=f'{_LEARNERS}.momminet',
     lmvnet=f'{_LEARNERS}.risk',
     unaligned_risk=f'{_LEARNERS}.risk',
     current_exam=f'{_LEARNERS}.risk',
@@ -237,6 +241,8 @@ class _Collector:
     def table(self):
         "One table of all outputs"
         parts = [self.rows_of(name) for name in self.values]
+        if self.system.truth:
+            parts.append(self.system.truth(self.dataset, self.system.name, self.version))
         whole = pd.concat([part for part in parts if len(part)], ignore_index=True)
         return check_predictions(whole)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core.errors import check_in, check_range
 from ..core.hub import HubModel
 from ..losses.detection import MassMapLoss, init_prior_bias
-from .hrnet import HRNet, encode_existing, pad_images, read_other_view
+from .hrnet import HRNET_OPTIONS, HRNet, encode_existing, pad_images, read_other_view
 from .hrnet import run_siamese, stack_branches
 from .mass_maps import map_detections, target_maps
 from ..registration.flow import resize_flow, warp
@@ -53,6 +53,8 @@ def _map_head(stacked, classes):
 
 class BiDualNet(HubModel):
     "Three-view inputs -> the probability of a mass at each pixel of the main view"
+    system = 'bidual'
+    config_options = HRNET_OPTIONS
     def __init__(self,
         encoder:str='hrnet_w48', # see `HRNet`
         contralateral:bool=True, # read the other breast

@@ -47,6 +47,7 @@ def _up_path(width, skips):
 # %% ../../nbs/models/70_fusion.ipynb #bb4b4995
 class IntegratedFusionNet(HubModel):
     "Three-view inputs -> the final map of masses in the main view"
+    system = 'momminet'
     def __init__(self,
         ipsidual:IpsiDualNet, # trained; is frozen
         bidual:BiDualNet, # trained; is frozen

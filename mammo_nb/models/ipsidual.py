@@ -15,7 +15,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from ..core.errors import check_range
 from ..core.hub import HubModel
 from ..losses.detection import class_focal_loss, diou_loss
-from .hrnet import HRNet, pad_images, read_other_view
+from .hrnet import HRNET_OPTIONS, HRNet, pad_images, read_other_view
 from .proposals import ProposalNetwork, Proposals, PyramidEncoder
 from .proposals import sample_proposals, select_detections, target_list
 from .relation import RelationBlock, ViewBoxes, relation_geometry, view_boxes
@@ -35,6 +35,8 @@ def _build_box_head(self, n_inputs, dim, classes):
 # %% ../../nbs/models/66_ipsidual.ipynb #8f532e1a
 class IpsiDualNet(HubModel):
     "Three-view inputs -> boxes of the findings in the main view"
+    system = 'ipsidual'
+    config_options = HRNET_OPTIONS
     def __init__(self,
         encoder:str='hrnet_w48', # see `HRNet`
         ipsilateral:bool=True, # read the other view of the breast

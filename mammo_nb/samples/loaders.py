@@ -87,9 +87,7 @@ class SampleDL(TfmdDL):
         for ax, (x, y), prediction in zip(axs, samples, to_cpu(out)):
             ax = x.show(ctx=ax, **kwargs)
             y.show(ctx=ax)
-            values = [f'{float(v):.2f}' for v in prediction.flatten()[:6]]
-            title = f'{ax.get_title()} | predicted {", ".join(values)}'
-            ax.set_title(title, fontsize=8)
+            y.show_prediction(prediction, ax)
 
 # %% ../../nbs/samples/08_loaders.ipynb #bf7c7d81
 def _refuse_patients(where, what, patients, expected):

@@ -65,6 +65,15 @@ class Sample(dict):
     def after_augment(self, inputs):
         "Called with the changed inputs, for targets that are computed from them"
 
+    def show_prediction(self,
+        prediction, # what a model predicted for this sample, tensor
+        ctx # axes on which the sample was drawn
+    ):
+        "Write a prediction into the title of a drawing"
+        values = [f'{float(v):.2f}' for v in prediction.flatten()[:6]]
+        title = f'{ctx.get_title()} | predicted {", ".join(values)}'
+        ctx.set_title(title, fontsize=8)
+
     def title(self): return None # text above the drawing
     def caption(self): return None # text below the drawing
 

@@ -7,6 +7,7 @@ __all__ = ['THREE_VIEW_COLUMNS', 'three_view_cases', 'ThreeViewInputs', 'ThreeVi
            'three_view_dls']
 
 # %% ../../nbs/samples/25_three_views.ipynb #a5c72282
+import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 from fastai.data.core import DataLoaders
@@ -62,6 +63,15 @@ class ThreeViewTargets(Sample):
     def title(self):
         n = len(self['boxes'])
         return {0: 'no finding', 1: '1 finding'}.get(n, f'{n} findings')
+
+    def show_prediction(self, prediction, ctx):
+        "Draw the best boxes of a detector, [K,6], with their scores"
+        left, *_ = ctx.panels['main']
+        for x0, y0, x1, y1, score, _ in prediction[:3].tolist():
+            if score == 0: continue
+            look = dict(fill=False, color='cyan', lw=1, ls='--')
+            ctx.add_patch(plt.Rectangle((left+x0, y0), x1-x0, y1-y0, **look))
+            ctx.text(left+x1, y0, f'{score:.2f}', color='cyan', fontsize=8)
 
 # %% ../../nbs/samples/25_three_views.ipynb #32d2762d
 THREE_VIEW_COLUMNS = ( # of `three_view_cases`
