@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-from tiny_prepared import TinyPrepared, tiny_images
+from tiny_prepared import TinyPrepared, tiny_findings, tiny_images
 
 import mammo_nb.core.fastai_import
 import toy_system # a system of another package
@@ -65,14 +65,14 @@ def random_cohort(number):
     rng = Random(number)
     images = tiny_images(random_splits(rng))
     way = ('drawn', 'drawn', 'drawn', 'table', 'official', 'concat')[number % 6]
-    if way == 'drawn': return Cohort(images)
+    if way == 'drawn': return Cohort(images, tiny_findings(images))
     if way == 'table':
         table = pd.DataFrame([(p, rng.choice(SPLITS)) for p in PATIENTS], columns=['patient_id', 'split'])
-        return join_table(Cohort(images.assign(split=None)), table)
+        return join_table(Cohort(images.assign(split=None), tiny_findings(images)), table)
     first = images.patient_id <= rng.choice(PATIENTS[2:6])
     other = tiny_images(random_splits(rng))
     other = other.assign(**{k: other[k] + 'x' for k in ('image_id', 'exam_id')}, path='x/' + other.path)
-    parts = [Cohort(images[first]), Cohort(other)]
+    parts = [Cohort(table, tiny_findings(table)) for table in (images[first], other)]
     return Cohort.concat(parts) if way == 'concat' else join_official(parts, rng.choice(POLICIES))
 
 

@@ -111,6 +111,8 @@ predictions = mn.predict(learn, prepared, split='test')
 metrics = mn.evaluate(predictions)
 learn.model.save_pretrained(folder + '/model')
 '''
+ENCODER = dict(width=4, stem=4, modules=(1, 1, 1), blocks=1, finest=2, sigma=3.)
+DETECTOR = ENCODER | dict(channels=16, dim=32, heads=2, roi_size=3, anchor_scale=4., n_proposals=16, n_sampled=16)
 SCRIPTS = dict(
     two_view=dict(dls='two_view_dls', learner='two_view_learner', arguments=''),
     mammonet=dict(dls='two_view_dls', learner='mammonet_learner', arguments=", 'cross_view', encoder='small', stride=8"),
@@ -118,6 +120,11 @@ SCRIPTS = dict(
     unaligned_risk=dict(dls='risk_dls', learner='unaligned_risk_learner', arguments=", encoder='small', stride=8, model_args=dict(width=4)"),
     current_exam=dict(dls='risk_dls', learner='current_exam_learner', arguments=", encoder='small', stride=8"),
     density=dict(dls='risk_dls', learner='density_learner', arguments=''),
+    ipsidual=dict(dls='momminet_dls', learner='momminet_learner', arguments=f", 'ipsi', model_args={DETECTOR}"),
+    bidual=dict(dls='momminet_dls', learner='momminet_learner', arguments=f", 'bi', model_args={ENCODER}"),
+    momminet=dict(
+        dls='momminet_dls', learner='momminet_learner',
+        arguments=f", 'tri', ipsidual={DETECTOR}, bidual={ENCODER}, model_args=dict(width=8)"),
     registration=dict(dls='pair_dls', learner='registration_learner', arguments=', model_args=dict(width=4, depth=1)'))
 
 

@@ -29,10 +29,27 @@ def tiny_images(patients, exams=2):
     return pd.DataFrame(rows)
 
 
+def tiny_findings(images):
+    "A mass on every image of a left breast; how malignant it is nobody knows"
+    left = images.image_id[images.laterality == 'L'].tolist()
+    boxes = dict(xmin=4., ymin=6., xmax=12., ymax=16.)
+    return pd.DataFrame([dict(finding_id=f'{i}-1', image_id=i, kind='mass', **boxes) for i in left])
+
+
+class TinyImage(SimpleNamespace):
+    "A prepared image whose pixels are those of the stored one"
+    @property
+    def mask(self): return self.image[0] > 0
+
+    def boxes(self, boxes): return np.asarray(boxes, float)
+    def points(self, points): return np.asarray(points, float)
+    inverse_boxes, inverse_points = boxes, points
+
+
 class TinyPrepared:
     "Images without files; `loaded` lists the ids in the order in which they were read"
     def __init__(self, images, failed=()):
-        cohort = images if isinstance(images, Cohort) else Cohort(images)
+        cohort = images if isinstance(images, Cohort) else Cohort(images, tiny_findings(images))
         if len(failed): cohort = cohort.select(~cohort.images.image_id.isin(failed).to_numpy())
         self.cohort = cohort
         self.config = PrepareConfig(size=SIZE)
@@ -46,7 +63,7 @@ class TinyPrepared:
         assert image_id in self.keys
         self.loaded.append(image_id)
         image = np.full((1, *SIZE), self.levels[image_id])
-        return SimpleNamespace(image=image, spacing_mm=1., stored_shape=SIZE)
+        return TinyImage(image=image, spacing_mm=1., stored_shape=SIZE)
 
     def ids_in(self, sample):
         "The ids of all images that the tensors of a sample hold"

@@ -24,6 +24,7 @@ FACE = {
     'models.mammonet': 'MammoNet', 'models.lmvnet': 'LMVNet UnalignedRisk',
     'models.risk_baselines': 'CurrentExamRisk DensityRisk', 'learners.two_view': 'two_view_learner',
     'learners.mammonet': 'attention_maps mammonet_learner',
+    'learners.momminet': 'momminet_dls momminet_learner show_detections',
     'learners.registration': 'registration_learner evaluate_registration',
     'learners.risk': 'current_exam_learner density_learner lmvnet_learner unaligned_risk_learner',
     'learners.systems': 'System evaluate get_system load_model predict register system_names',

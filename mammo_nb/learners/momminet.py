@@ -6,7 +6,7 @@
 __all__ = ['NIPPLES', 'VARIANTS', 'LOSS_TERMS', 'shuffle_nipples', 'find_nipples', 'momminet_dls', 'momminet_learner',
            'momminet_cases', 'momminet_samples', 'show_detections']
 
-# %% ../../nbs/learners/40_momminet.ipynb #76cfd5fa
+# %% ../../nbs/learners/40_momminet.ipynb #98488c05
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from fastcore.meta import delegates
 from torch import nn
 from ..cohort.cohort import Cohort
 from ..cohort.hanging import read_for_display
+from ..cohort.leaks import check_split, select_split
 from ..core.errors import InputError, check_in
 from ..core.figure_text import figure_text
 from ..core.seeding import rng_for, seed_everything
@@ -37,9 +38,13 @@ from ..models.ipsidual import IpsiDualNet
 from ..preparation.prepared_cohort import PreparedCohort, check_prepared
 from ..registration.contour import bilateral_flows
 from ..registration.nipple import nipple_table
-from ..samples.three_views import ThreeViewDataset, three_view_cases, three_view_dls
+from ..samples.dataset import prepared_ids
+from ..samples.rows import check_rows
+from mammo_nb.samples.three_views import (
+    THREE_VIEW_COLUMNS, ThreeViewDataset, three_view_cases, three_view_dls
+)
 
-# %% ../../nbs/learners/40_momminet.ipynb #13ae6ec4
+# %% ../../nbs/learners/40_momminet.ipynb #fcd8932e
 NIPPLES = ('contour', 'tabled', 'shuffled')
 _PLACE = ['row', 'col', 'var_row', 'cov_row_col', 'var_col']
 
@@ -60,16 +65,32 @@ def shuffle_nipples(
 
 def find_nipples(
     prepared:PreparedCohort, # the prepared images
-    nipples:str|pd.DataFrame='contour' # one of `NIPPLES`, or a table
+    nipples:str|pd.DataFrame='contour', # one of `NIPPLES`, or a table
+    image_ids=None # whose nipples are needed; `None`: of all prepared images
 )->pd.DataFrame|None: # as from `nipple_table`; `None`: as tabled
-    "Locate the nipples of all prepared images"
+    "Locate nipples"
     if isinstance(nipples, pd.DataFrame): return nipples
     check_in(nipples, NIPPLES, 'momminet_dls', 'nipples')
     if nipples == 'tabled': return None
-    table = nipple_table(prepared, progress=False)
-    return shuffle_nipples(table, prepared) if nipples == 'shuffled' else table
+    if nipples == 'contour': return nipple_table(prepared, image_ids, progress=False)
+    return shuffle_nipples(nipple_table(prepared, progress=False), prepared)
 
-# %% ../../nbs/learners/40_momminet.ipynb #368e7851
+# %% ../../nbs/learners/40_momminet.ipynb #16c2eabf
+def _image_ids(prepared, rows):
+    "The prepared images of all columns of a table of cases"
+    columns = [column.name for column in THREE_VIEW_COLUMNS]
+    ids = prepared_ids(rows, prepared, columns)
+    return sorted({i for i in ids.ravel() if isinstance(i, str)})
+
+def _geometry(prepared, rows, nipples, aligned):
+    "Nipples of the images of some cases, and flows between their breasts"
+    ids = _image_ids(prepared, rows)
+    table = find_nipples(prepared, nipples, ids)
+    if not aligned: return dict(nipples=table, flows=None)
+    is_shuffled = isinstance(nipples, str) and nipples == 'shuffled'
+    anchors = None if is_shuffled else table # the alignment never uses shuffled nipples
+    return dict(nipples=table, flows=bilateral_flows(prepared, rows, anchors, progress=False))
+
 @delegates(three_view_dls)
 def momminet_dls(
     prepared:PreparedCohort, # prepared images with a cohort that has splits
@@ -79,18 +100,15 @@ def momminet_dls(
     **kwargs # go to `three_view_dls`
 )->DataLoaders: # `train` and `valid`, and `n_excluded`, `description`
     "Make guarded loaders with nipples and aligned breasts"
-    cohort = check_prepared(prepared, 'momminet_dls').cohort
-    table = find_nipples(prepared, nipples)
-    rows = three_view_cases(cohort) if rows is None else rows
-    flows = bilateral_flows(prepared, rows, _anchors(prepared, nipples, table), progress=False) if aligned else None
-    dls = three_view_dls(prepared, rows=rows, nipples=table, flows=flows, **kwargs)
+    check_split(check_prepared(prepared, 'momminet_dls').cohort)
+    rows = three_view_cases(prepared.cohort) if rows is None else rows
+    check_rows(prepared, rows, THREE_VIEW_COLUMNS, 'momminet_dls')
+    splits = [kwargs.get(name, name) for name in ('train', 'valid')]
+    used = pd.concat([select_split(rows, split, 'momminet_dls') for split in splits])
+    geometry = _geometry(prepared, used, nipples, aligned)
+    dls = three_view_dls(prepared, rows=rows, **geometry, **kwargs)
     dls.description['nipples'] = nipples if isinstance(nipples, str) else 'given'
     return dls
-
-def _anchors(prepared, nipples, table):
-    "Nipples that the alignment uses: never shuffled ones"
-    if table is None or isinstance(nipples, str) and nipples == 'shuffled': return None
-    return table
 
 # %% ../../nbs/learners/40_momminet.ipynb #5d7f2e87
 VARIANTS = dict( # name -> class of the model, and the arguments in which it differs
@@ -191,7 +209,7 @@ def momminet_learner(
     options = dict(lr=lr, wd=wd, metrics=metrics, cbs=[*own, *L(cbs)])
     return Learner(dls, model, DetectionLoss(weights), **options, **kwargs)
 
-# %% ../../nbs/learners/40_momminet.ipynb #5676b592
+# %% ../../nbs/learners/40_momminet.ipynb #be3751c2
 def _trained(model, name, default):
     "What a model was told at its training"
     return getattr(model, 'training_info', {}).get(name, default)
@@ -221,12 +239,11 @@ def momminet_samples(
     **options # not used
 )->ThreeViewDataset: # images are read when they are needed
     "Make the samples of a detector"
-    source = _nipples_of(model, nipples)
-    table = find_nipples(prepared, source)
-    if flows is None and _trained(model, 'aligned', False):
-        flows = bilateral_flows(prepared, rows, _anchors(prepared, source, table), progress=False)
-    options = dict(nipples=table, flows=flows, in_memory=False)
-    return ThreeViewDataset(prepared, rows, class_kinds(model), **options)
+    check_rows(prepared, rows, THREE_VIEW_COLUMNS, 'momminet_samples')
+    aligned = flows is None and _trained(model, 'aligned', False)
+    geometry = _geometry(prepared, rows, _nipples_of(model, nipples), aligned)
+    if flows is not None: geometry['flows'] = flows
+    return ThreeViewDataset(prepared, rows, class_kinds(model), **geometry, in_memory=False)
 
 # %% ../../nbs/learners/40_momminet.ipynb #6f02f62a
 _TINY = dict(
