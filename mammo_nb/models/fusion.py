@@ -21,7 +21,7 @@ from .hrnet import pad_images, stack_branches
 from .ipsidual import IpsiDualNet
 from .mass_maps import paint_boxes, target_maps
 
-# %% ../../nbs/models/70_fusion.ipynb #71953831
+# %% ../../nbs/models/70_fusion.ipynb #72b1f604
 def _down_path(n_inputs, width, steps):
     "Convolutions before each halving of the resolution"
     narrow, middle = width//4, width//2
@@ -34,7 +34,10 @@ def _down_path(n_inputs, width, steps):
 
 def _narrow(i, o):
     "1 x 1 convolution, BatchNorm, ReLU"
-    return nn.Sequential(nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(i, o, 1, bias=False),
+        nn.BatchNorm2d(o),
+        nn.ReLU(inplace=True))
 
 def _up_path(width, skips):
     "Convolutions after each doubling of the resolution, the coarsest first"
@@ -142,23 +145,28 @@ def dual_maps(
     maps['map_bidual'] = bidual.probability(inputs)
     return maps
 
-# %% ../../nbs/models/70_fusion.ipynb #9983e450
+# %% ../../nbs/models/70_fusion.ipynb #f285c8a2
 def _check_map(name, values, main, classes):
     "Refuse maps of another size"
-    wanted = len(main), classes, *main.shape[-2:]
-    if tuple(values.shape) == wanted: return values
-    raise InputError('inputs', name, list(values.shape), f'{list(wanted)}, as main')
+    wanted = [len(main), classes, *main.shape[-2:]]
+    found = list(values.shape)
+    if found != wanted:
+        raise InputError('inputs', name, found, f'{wanted}, as main')
 
 @patch
 def read_maps(self:IntegratedFusionNet,
     inputs:dict # see `forward`
-)->tuple: # of IpsiDualNet and of BiDualNet, [B,classes,H,W] each
+)->list: # of IpsiDualNet and of BiDualNet, [B,classes,H,W] each
     "Take the maps of the inputs, or compute them"
-    ipsi, bi = inputs.get('map_ipsidual'), inputs.get('map_bidual')
-    if ipsi is None: ipsi = ipsidual_map(self.ipsidual, inputs, self.box_shape)
+    ipsi = inputs.get('map_ipsidual')
+    if ipsi is None:
+        ipsi = ipsidual_map(self.ipsidual, inputs, self.box_shape)
+    bi = inputs.get('map_bidual')
     if bi is None: bi = self.bidual.probability(inputs)
-    named = dict(map_ipsidual=ipsi, map_bidual=bi)
-    return tuple(_check_map(name, m, inputs['main'], self.classes) for name, m in named.items())
+    maps = dict(map_ipsidual=ipsi, map_bidual=bi)
+    for name, values in maps.items():
+        _check_map(name, values, inputs['main'], self.classes)
+    return list(maps.values())
 
 # %% ../../nbs/models/70_fusion.ipynb #09b8d164
 def _up_to(x, like):
