@@ -64,7 +64,7 @@ class ThreeViewTargets(Sample):
         n = len(self['boxes'])
         return {0: 'no finding', 1: '1 finding'}.get(n, f'{n} findings')
 
-# %% ../../nbs/samples/25_three_views.ipynb #0cc6d681
+# %% ../../nbs/samples/25_three_views.ipynb #98a64de5
 MASS_MAPS = ('map_ipsidual', 'map_bidual') # what the fusion network reads beside the image
 THREE_VIEW_COLUMNS = ( # of `three_view_cases`
     ImageColumn('image_id', 'same', 'same', 'exam_id'),
@@ -81,7 +81,7 @@ class ThreeViewDataset(SampleDataset):
         kinds:tuple=('mass',), # findings to detect; the first is class 1
         nipples:pd.DataFrame|None=None, # `image_id, row, col`, see below; `None`: as tabled
         flows:dict|None=None, # (main, contralateral image id) -> flow [2,h,w]; `None`: not aligned
-        maps:dict|None=None, # main image id -> `map_ipsidual`, `map_bidual` [C,H,W]; `None`: without
+        maps:dict|None=None, # main image id -> `MASS_MAPS` [C,H,W] by name; `None`: without
         in_memory:bool|str='auto', # keep the images: `True`, `False`, or `'auto'`: up to 1 GiB
         split_idx:int=1 # 0 for training: only then is anything augmented
     ):
@@ -105,8 +105,9 @@ class ThreeViewDataset(SampleDataset):
 
     def empty_parts(self):
         "What replaces the data in an exported learner"
-        nothing = dict(findings=self.findings[:0], annotations={}, nipples={}, flows=None, maps=None)
-        return super().empty_parts() | nothing
+        hidden = dict(findings=self.findings[:0], annotations={}, nipples={})
+        hidden |= dict(flows=None, maps=None)
+        return super().empty_parts() | hidden
 
 # %% ../../nbs/samples/25_three_views.ipynb #260eca7f
 def check_kinds(
@@ -274,7 +275,7 @@ def _limit_normals(prepared, rows, kinds, normals, seed):
     keep = np.sort(np.concatenate([np.flatnonzero(positive), drawn]))
     return rows.iloc[keep].reset_index(drop=True)
 
-# %% ../../nbs/samples/25_three_views.ipynb #46aab29d
+# %% ../../nbs/samples/25_three_views.ipynb #b7d54c93
 def three_view_dls(
     prepared:PreparedCohort, # prepared images with a cohort that has splits
     bs:int=4, # images a batch
@@ -285,7 +286,7 @@ def three_view_dls(
     normals:float|None=1., # training images without a finding, for each with one; `None`: all
     nipples:pd.DataFrame|None=None, # of all images, see `ThreeViewDataset`; `None`: as tabled
     flows:dict|None=None, # of all pairs, see `ThreeViewDataset`; `None`: not aligned
-    maps:dict|None=None, # of all main images, see `ThreeViewDataset`; `None`: without
+    maps:dict|None=None, # of all main images, see `ThreeViewDataset`; `None`: none
     augment:Augment|None|bool=True, # `True`: with flips; `None` or `False`: none; or your own
     in_memory:bool|str='auto', # keep the images: `True`, `False`, or `'auto'`: up to 1 GiB
     seed:int|None=None, # of the order of the batches; `None`: from Python's global generator
