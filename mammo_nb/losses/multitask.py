@@ -129,29 +129,31 @@ def forward(self:MultiTaskLoss,
     "Weighted sum of both tasks"
     return sum(self.terms(pred, targets).values())
 
-# %% ../../nbs/losses/25_multitask.ipynb #e2831816
-def _trained(module):
-    return [p for p in module.parameters() if p.requires_grad]
+# %% ../../nbs/losses/25_multitask.ipynb #283ee43c
+def _trained(module, without=None):
+    "Parameters that learn, but those of another module"
+    others = set(without.parameters()) if without else ()
+    return [p for p in module.parameters() if p.requires_grad and p not in others]
 
 def parameter_groups(
-    model:nn.Module, # the network
+    model:nn.Module, # the network, with or without its loss
     loss:nn.Module, # with parameters of its own, such as `MultiTaskLoss`
     weight_decay:float # of the network
 )->list: # groups for a PyTorch optimizer; those of the loss have no weight decay
     "Split the parameters of a network and its loss for an optimizer"
-    groups = [dict(params=_trained(model), weight_decay=weight_decay)]
+    groups = [dict(params=_trained(model, loss), weight_decay=weight_decay)]
     own = _trained(loss)
     if own:
         groups.append(dict(params=own, weight_decay=0.))
     return groups
 
-# %% ../../nbs/losses/25_multitask.ipynb #26250ca3
+# %% ../../nbs/losses/25_multitask.ipynb #f60344a2
 def loss_splitter(
     loss:nn.Module # with parameters of its own
 ): # a splitter: model -> groups of parameters, the last those of the loss
     "Make a fastai splitter that trains the parameters of the loss too"
     def split(model):
-        groups = _trained(model), _trained(loss)
+        groups = _trained(model, loss), _trained(loss)
         return [group for group in groups if group]
     return split
 
