@@ -17,15 +17,12 @@ of the block's forward pass; the names of the others say their part. The seed is
 import resource
 import statistics
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-import psutil
 import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._bench import GIB, Bench, options
+from benchmarks._memory import Peak, in_new_process
 from mammo_nb.core.monitor import usable_cores
 from mammo_nb.models.attention import Attention
 from mammo_nb.models.dual_stream import DualStreamBlock
@@ -64,29 +61,6 @@ class MaterialisedBlock(DualStreamBlock):
         return tuple(out)
 
 # One measurement, in a process of its own
-
-class Peak:
-    "Largest growth of this process inside the `with` block, as `gib`; sampled every millisecond"
-    def __enter__(self):
-        self.process, self.running = psutil.Process(), True
-        self.before = self.most = self.process.memory_info().rss
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def look(self):
-        self.most = max(self.most, self.process.memory_info().rss)
-
-    def watch(self):
-        while self.running:
-            self.look()
-            time.sleep(.001)
-
-    def __exit__(self, *exc):
-        self.running = False
-        self.thread.join()
-        self.look()
-        self.gib = (self.most-self.before)/GIB
 
 def new_block(kind, phase, seed):
     "The block of one variant, with the same weights for all variants"
@@ -153,11 +127,6 @@ def measure_model(seed):
     unit = GIB if sys.platform == 'darwin' else 2**20
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit
     return dict(forward_gib=peak.gib, forward_seconds=seconds, process_gib=process)
-
-def in_new_process(function, *args):
-    "Call a function in a new process"
-    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-        return pool.submit(function, *args).result()
 
 # Rows
 
