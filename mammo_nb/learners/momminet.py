@@ -283,12 +283,23 @@ _MOMMINET = _register(
     IntegratedFusionNet, 'masses of an image, compared with both other views',
     partial(momminet_learner, variant='tri'))
 
-# %% ../../nbs/learners/40_momminet.ipynb #5649ce15
+# %% ../../nbs/learners/40_momminet.ipynb #5d632364
 def _outline(ax, box, text, **look):
     "One box with a text beside it"
     x0, y0, x1, y1 = box
-    ax.add_patch(plt.Rectangle((x0, y0), x1-x0, y1-y0, fill=False, lw=1.3, **look))
-    ax.text(x1, y0, figure_text(text), color=look['ec'], fontsize=8, va='bottom')
+    corner, width, height = (x0, y0), x1-x0, y1-y0
+    outline = plt.Rectangle(corner, width, height, fill=False, lw=1.3, **look)
+    ax.add_patch(outline)
+    style = dict(color=look['ec'], fontsize=8, va='bottom')
+    ax.text(x1, y0, figure_text(text), **style)
+
+def _boxes_of(predictions, image_id, output):
+    "Boxes and values of an image, the best first"
+    is_own = (predictions.image_id == image_id) & (predictions.output == output)
+    own = predictions[is_own & has_box(predictions)]
+    own = own.sort_values('value', ascending=False, kind='stable')
+    boxes = own[list(BOX_COLUMNS)].to_numpy()
+    return list(zip(boxes, own['value']))
 
 def show_detections(
     predictions:pd.DataFrame, # as from `predict`
@@ -299,15 +310,15 @@ def show_detections(
     ax=None # axes; `None`: new ones
 ): # the axes
     "Draw the boxes of an image on the stored image"
-    own = predictions[(predictions.image_id == image_id) & has_box(predictions)]
-    row = cohort.images.loc[cohort.images.image_id == image_id]
-    if not len(row): raise InputError('show_detections', 'image_id', image_id, 'an image of the cohort')
+    paths = cohort.images.set_index('image_id').path
+    if image_id not in paths:
+        raise InputError('show_detections', 'image_id', image_id, 'an image of the cohort')
     if ax is None: _, ax = plt.subplots(figsize=(4, 5))
-    ax.imshow(read_for_display(cohort.file(row.path.iloc[0])), cmap='gray')
-    truth = own[own.output == output.replace('probability', 'finding')]
-    for box in truth[list(BOX_COLUMNS)].to_numpy(): _outline(ax, box, '', ec='gold')
-    best = own[own.output == output].nlargest(n, 'value')
-    for box, score in zip(best[list(BOX_COLUMNS)].to_numpy(), best['value']):
+    pixels = read_for_display(cohort.file(paths[image_id]))
+    ax.imshow(pixels, cmap='gray')
+    truth = output.replace('probability', 'finding')
+    for box, _ in _boxes_of(predictions, image_id, truth): _outline(ax, box, '', ec='gold')
+    for box, score in _boxes_of(predictions, image_id, output)[:n]:
         _outline(ax, box, f'{score:.2f}', ec='cyan', ls='--')
     ax.set(xticks=[], yticks=[])
     ax.set_title(figure_text(image_id), fontsize=9)
