@@ -7,8 +7,7 @@ __all__ = ['PREDICTION_COLUMNS', 'DetectionLoss', 'pad_detections', 'match_detec
            'DetectionRecall', 'detection_metrics', 'class_kinds', 'output_names', 'detection_outputs', 'finding_rows',
            'evaluate_detections']
 
-# %% ../../nbs/learners/35_detection.ipynb #80028b71
-from functools import partial
+# %% ../../nbs/learners/35_detection.ipynb #7d2413d8
 import numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 import fastai.callback.progress, fastai.callback.schedule
@@ -17,7 +16,6 @@ from fastai.learner import Metric
 from fastcore.basics import patch
 from torch import nn, Tensor
 from ..core.errors import InputError, check_range
-from .keep_best import unwrap_model
 from ..metrics.boxes import detections_table, match_boxes
 from ..metrics.froc import FPPI, evaluate_boxes, recall_at_fppi
 from ..metrics.predictions import BOX_COLUMNS, has_box
@@ -61,25 +59,28 @@ def pad_detections(
         tables.append(torch.cat([rows, empty]))
     return torch.stack(tables)
 
-# %% ../../nbs/learners/35_detection.ipynb #d6528b54
+# %% ../../nbs/learners/35_detection.ipynb #46ef2174
+def _match_image(found, boxes, labels):
+    "Scores of the findings of one image, and of its false positives"
+    hits, false = [np.zeros(0)], [np.zeros(0)]
+    for label in sorted({*found['labels'].tolist(), *labels.tolist()}):
+        own = found['labels'] == label
+        tensors = found['boxes'][own], found['scores'][own], boxes[labels == label]
+        arrays = [t.detach().cpu().numpy() for t in tensors]
+        of_findings, of_others = match_boxes(*arrays)
+        hits.append(of_findings)
+        false.append(of_others)
+    return np.concatenate(hits), np.concatenate(false)
+
 def match_detections(
     detections:list, # of `boxes`, `scores` and `labels`, a dictionary for each image
-    targets:dict, # `boxes` and `labels`, a list of tensors each
-    match=match_boxes # `(boxes, scores, true boxes)` -> score of each finding, of false positives
+    targets:dict # `boxes` and `labels`, a list of tensors each
 )->list: # (scores of the findings, -inf: missed; scores of the false positives), one an image
     "Match the detections of a batch with its findings, class by class"
-    rows = []
-    for found, boxes, labels in zip(detections, targets['boxes'], targets['labels']):
-        parts = [], []
-        for label in sorted({*found['labels'].tolist(), *labels.tolist()}):
-            own = found['labels'] == label
-            true = boxes[labels == label]
-            shown = [t.detach().cpu().numpy() for t in (found['boxes'][own], found['scores'][own], true)]
-            for part, scores in zip(parts, match(*shown)): part.append(scores)
-        rows.append(tuple(np.concatenate([*part, np.zeros(0)]) for part in parts))
-    return rows
+    triples = zip(detections, targets['boxes'], targets['labels'])
+    return [_match_image(*triple) for triple in triples]
 
-# %% ../../nbs/learners/35_detection.ipynb #97fc8934
+# %% ../../nbs/learners/35_detection.ipynb #fa59f66e
 class DetectionBatch(Callback):
     "Pass targets to a detector, and collect its detections in validation"
     order = -50
@@ -91,7 +92,8 @@ class DetectionBatch(Callback):
 
     def forget(self):
         "Drop what belongs to the last batch"
-        self.terms, self.matches, self.n = {}, [], 0
+        self.terms, self.matches = {}, []
+        self.n = 0
 
     def before_batch(self):
         "Let the model see the targets"
@@ -210,7 +212,7 @@ def detection_outputs(
         sorted_boxes[name] = pairs
     return sorted_boxes
 
-# %% ../../nbs/learners/35_detection.ipynb #2f47413a
+# %% ../../nbs/learners/35_detection.ipynb #74f925fc
 def _true_boxes(findings, image_id):
     "Boxes [k,4] of one image; `None`: a finding is there, but its place is unknown"
     own = findings.loc[findings.image_id == image_id, list(BOX_COLUMNS)].astype(float)
@@ -232,7 +234,8 @@ def finding_rows(
         if not is_known.any(): continue
         boxes = [b for b in boxes if b is not None]
         ones = [np.ones(len(b)) for b in boxes]
-        tables.append(detections_table(dataset.rows[is_known], boxes, ones, system, name, version))
+        kept = dataset.rows[is_known]
+        tables.append(detections_table(kept, boxes, ones, system, name, version))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../../nbs/learners/35_detection.ipynb #bbc82885

@@ -47,7 +47,7 @@ def patient_folds(
     for k, (_, held_out) in enumerate(parts): number[held_out] = k
     return number
 
-# %% ../../nbs/learners/45_momminet_stages.ipynb #c5042dff
+# %% ../../nbs/learners/45_momminet_stages.ipynb #1e5e67fa
 STAGE_SETTINGS = dict( # name -> defaults
     ipsi=dict(epochs=10, lr=2e-3), bi=dict(epochs=10, lr=3e-3), fusion=dict(epochs=5, lr=3e-3))
 _VARIANTS = dict(ipsi='ipsi', bi='bi', fusion='tri')
@@ -60,6 +60,12 @@ def _all_settings(settings):
     for name, own in merged.items():
         check_range(own['epochs'], 1, None, f'train_momminet {name}', 'epochs', whole=True)
     return merged
+
+def _training_rows(prepared, rows):
+    "Cases of training and validation"
+    if rows is None: rows = three_view_cases(prepared.cohort)
+    parts = [select_split(rows, split, 'train_momminet') for split in ('train', 'valid')]
+    return pd.concat(parts, ignore_index=True)
 
 class MomminetStages(Stages):
     "The stages of a training in a folder, with what all of them share"
@@ -75,23 +81,21 @@ class MomminetStages(Stages):
         super().__init__(folder, say)
         self.prepared, self.seed, self.loaders = prepared, seed, dict(loaders)
         self.settings, self.cbs = _all_settings(settings), cbs
-        self.rows = self.loaders.pop('rows', None)
-        if self.rows is None: self.rows = three_view_cases(prepared.cohort)
-        used = [select_split(self.rows, split, 'train_momminet') for split in ('train', 'valid')]
-        self.rows = pd.concat(used, ignore_index=True)
-        names = [name for name in ('nipples', 'aligned') if name in self.loaders]
+        self.rows = _training_rows(prepared, self.loaders.pop('rows', None))
+        names = self.loaders.keys() & {'nipples', 'aligned'}
         geometry = {name: self.loaders.pop(name) for name in names}
         self.geometry = find_geometry(prepared, self.rows, **geometry)
 
-# %% ../../nbs/learners/45_momminet_stages.ipynb #b4199a44
+# %% ../../nbs/learners/45_momminet_stages.ipynb #fb2f92fe
 @patch
 def dls(self:MomminetStages,
     rows:pd.DataFrame, # cases of training and validation
     **more # go to `momminet_dls`
 ): # fastai's `DataLoaders`
     "Make the loaders of a stage"
-    options = self.loaders | dict(geometry=self.geometry, seed=self.seed) | more
-    return momminet_dls(self.prepared, rows=rows, **options)
+    shared = dict(rows=rows, geometry=self.geometry, seed=self.seed)
+    options = self.loaders | shared | more
+    return momminet_dls(self.prepared, **options)
 
 @patch
 def describe(self:MomminetStages,
@@ -126,7 +130,7 @@ def train(self:MomminetStages,
     shutil.rmtree(checkpoints, ignore_errors=True)
     return path
 
-# %% ../../nbs/learners/45_momminet_stages.ipynb #8e07a2b5
+# %% ../../nbs/learners/45_momminet_stages.ipynb #5053e81c
 def compute_maps(
     ipsidual, # a trained `IpsiDualNet`
     bidual, # a trained `BiDualNet`
@@ -151,8 +155,11 @@ def write_maps(
     folder:str|Path # where to
 ):
     "Write maps into a folder"
-    flat = {f'{name} {image_id}': m for image_id, own in maps.items() for name, m in own.items()}
-    save_file(flat, Path(folder)/'maps.safetensors')
+    flat = {}
+    for image_id, own in maps.items():
+        for name, values in own.items(): flat[f'{name} {image_id}'] = values
+    path = Path(folder)/'maps.safetensors'
+    save_file(flat, path)
 
 def read_maps(
     folder:str|Path # as from `write_maps`
@@ -164,7 +171,7 @@ def read_maps(
         maps.setdefault(image_id, {})[name] = values
     return maps
 
-# %% ../../nbs/learners/45_momminet_stages.ipynb #7d4196db
+# %% ../../nbs/learners/45_momminet_stages.ipynb #8d9b0fc4
 @patch
 def dataset(self:MomminetStages,
     rows:pd.DataFrame, # cases
@@ -180,10 +187,13 @@ def train_dual(self:MomminetStages,
     rows:pd.DataFrame # cases of training and validation
 )->tuple: # both networks, names of both stages
     "Train IpsiDualNet and BiDualNet on some cases"
-    dls = self.dls(rows)
-    names = [f'{kind}{suffix}' for kind in ('ipsi', 'bi')]
-    paths = [self.train(name, kind, dls) for name, kind in zip(names, ('ipsi', 'bi'))]
-    return [load_model(path) for path in paths], names
+    nets, names = [], []
+    for kind in ('ipsi', 'bi'):
+        name = f'{kind}{suffix}'
+        path = self.train(name, kind, self.dls(rows)) # loaders of its own: they have a generator
+        nets.append(load_model(path))
+        names.append(name)
+    return nets, names
 
 @patch
 def fold_maps(self:MomminetStages,
@@ -204,7 +214,7 @@ def fold_maps(self:MomminetStages,
         paths.append(self.run(f'maps_fold_{k}', key, make))
     return paths
 
-# %% ../../nbs/learners/45_momminet_stages.ipynb #9e62f3b3
+# %% ../../nbs/learners/45_momminet_stages.ipynb #c09343eb
 def _train_all(stages, folds):
     "Run all stages"
     kinds = stages.dls(stages.rows).train_ds.kinds
@@ -216,7 +226,9 @@ def _train_all(stages, folds):
         number = patient_folds(stages.prepared, train, kinds, folds, stages.seed)
         folders = stages.fold_maps(number, kinds)
         known = stages.rows[stages.rows.split == 'valid']
-    def make(folder): write_maps(compute_maps(*nets, stages.dataset(known, kinds)), folder)
+    def make(folder):
+        dataset = stages.dataset(known, kinds)
+        write_maps(compute_maps(*nets, dataset), folder)
     folders.append(stages.run('maps', dict(before=[stages.key(n) for n in names]), make))
     maps = {}
     for folder in folders: maps |= read_maps(folder)

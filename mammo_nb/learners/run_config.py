@@ -229,7 +229,8 @@ def flow_pairs(
     return f'{len(flows)} {text_sha256(describe_value(sorted(flows)), 12)}'
 
 # %% ../../nbs/learners/06_run_config.ipynb #5d0c8a24
-_OTHERWISE = ('prepared', 'images', 'rows', 'excluded', 'flows', 'gaze_maps', 'gaze_extent')
+_OTHERWISE = ( # described elsewhere, or filled while samples are read
+    'prepared', 'images', 'rows', 'excluded', 'flows', 'gaze_maps', 'gaze_extent', 'annotations')
 
 describe_value.register(PreparedCohort, lambda prepared: describe_value(prepared.keys))
 describe_value.register(Cohort, lambda cohort: describe_value([cohort.images, cohort.findings]))

@@ -70,8 +70,10 @@ class ThreeViewTargets(Sample):
         left, *_ = ctx.panels['main']
         for x0, y0, x1, y1, score, _ in prediction[:3].tolist():
             if score == 0: continue
+            corner = left+x0, y0
             look = dict(fill=False, color='cyan', lw=1, ls='--')
-            ctx.add_patch(plt.Rectangle((left+x0, y0), x1-x0, y1-y0, **look))
+            outline = plt.Rectangle(corner, x1-x0, y1-y0, **look)
+            ctx.add_patch(outline)
             ctx.text(left+x1, y0, f'{score:.2f}', color='cyan', fontsize=8)
 
 # %% ../../nbs/samples/25_three_views.ipynb #98a64de5
