@@ -212,7 +212,7 @@ def detection_outputs(
         sorted_boxes[name] = pairs
     return sorted_boxes
 
-# %% ../../nbs/learners/35_detection.ipynb #74f925fc
+# %% ../../nbs/learners/35_detection.ipynb #23d78eca
 def _true_boxes(findings, image_id):
     "Boxes [k,4] of one image; `None`: a finding is there, but its place is unknown"
     own = findings.loc[findings.image_id == image_id, list(BOX_COLUMNS)].astype(float)
@@ -229,6 +229,7 @@ def finding_rows(
     tables = []
     for kind, name in zip(dataset.kinds, output_names('finding', dataset.kinds)):
         own = findings[findings.kind == kind]
+        if not len(own): continue # nobody has looked for them, or there are none
         boxes = [_true_boxes(own, image_id) for image_id in dataset.rows.image_id]
         is_known = np.array([b is not None for b in boxes], bool)
         if not is_known.any(): continue

@@ -135,6 +135,7 @@ PATCH_COLUMNS = (ImageColumn('image_id', 'same', 'same', 'exam_id'),)
 class PatchDataset(SampleDataset):
     "Patches of a prepared cohort as `(PatchInputs, PatchTargets)`"
     input_type, target_type, case_name = PatchInputs, PatchTargets, 'patches'
+    caches = ('boxes',)
     def __init__(self,
         prepared:PreparedCohort, # the prepared images
         rows:pd.DataFrame, # as from `annotated_patches` and `detected_patches`
