@@ -17,7 +17,7 @@ from mammo_nb.core.errors import InputError
 from mammo_nb.core.hub import model_version
 from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.detection import (
-    DetectionRecall, LossTerm, class_kinds, evaluate_detections, finding_rows
+    DetectionRecall, LossesFromModel, LossTerm, class_kinds, evaluate_detections, finding_rows
 )
 from mammo_nb.learners.momminet import (
     LOSS_TERMS, PRESETS, VARIANTS, momminet_cases, momminet_dls, momminet_learner, momminet_samples, show_detections
@@ -126,7 +126,9 @@ def test_recall_counts_false_positives_for_every_image():
 def test_terms_are_averaged_over_images():
     term = LossTerm('map')
     for value, n in ((1., 3), (5., 1)):
-        term.accumulate(SimpleNamespace(detection_batch=SimpleNamespace(terms=dict(map=torch.tensor(value)), n=n)))
+        batch = LossesFromModel()
+        batch.terms, batch.n = dict(map=torch.tensor(value)), n
+        term.accumulate(SimpleNamespace(cbs=[batch]))
     assert term.value == 2
 
 

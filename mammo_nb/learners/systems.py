@@ -70,6 +70,7 @@ SYSTEM_MODULES = dict( # name of a system -> module that registers it
     ipsidual=f'{_LEARNERS}.momminet',
     bidual=f'{_LEARNERS}.momminet',
     momminet=f'{_LEARNERS}.momminet',
+    malignancy=f'{_LEARNERS}.malignancy',
     lmvnet=f'{_LEARNERS}.risk',
     unaligned_risk=f'{_LEARNERS}.risk',
     current_exam=f'{_LEARNERS}.risk',

@@ -17,7 +17,7 @@ from ..core.errors import InputError, check_in, check_range
 from ..core.hub import HubModel
 from ..core.vocabulary import BIRADS
 from ..losses.multitask import MultiTaskLoss, birads_target, parameter_groups
-from .encoders import make_encoder
+from .encoders import ENCODER_OPTIONS, make_encoder
 from .pooling import pooled
 from ..samples.lesion_patches import cut_patch
 
@@ -84,6 +84,8 @@ def forward(self:ClinicalEmbedding,
 # %% ../../nbs/models/72_malignancy.ipynb #e31443e4
 class MalignancyNet(HubModel):
     "Patches -> malignant or not, and a BI-RADS value"
+    system = 'malignancy'
+    config_options = ENCODER_OPTIONS
     def __init__(self,
         encoder:str='densenet121', # a name for `make_encoder`
         stride:int=32, # pixels of the patch a cell of the map
