@@ -10,11 +10,14 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from tiny_prepared import TinyPrepared, tiny_images
 
+from mammo_nb.cli.evaluate import mammo_evaluate
+from mammo_nb.cli.predict import predict_folder
+from mammo_nb.cli.train import train_system
 from mammo_nb.core.errors import InputError
 from mammo_nb.core.hub import model_version
 from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.detection import (
-    DetectionRecall, LossTerm, class_kinds, evaluate_detections, finding_rows
+    DetectionRecall, LossesFromModel, LossTerm, class_kinds, evaluate_detections, finding_rows
 )
 from mammo_nb.learners.momminet import (
     LOSS_TERMS, PRESETS, VARIANTS, momminet_cases, momminet_dls, momminet_learner, momminet_samples, show_detections
@@ -41,6 +44,7 @@ def prepared(tmp_path_factory):
     split = np.where(number < 6, 'train', np.where(number < 9, 'valid', 'test'))
     files = cohort.write(folder/'files', workers=1, progress=False)
     files = files.with_tables(files.images.assign(split=split))
+    files.write(folder/'files')
     return prepare_cohort(files, folder/'cache', size=(64, 48), workers=1, progress=False)
 
 
@@ -122,7 +126,9 @@ def test_recall_counts_false_positives_for_every_image():
 def test_terms_are_averaged_over_images():
     term = LossTerm('map')
     for value, n in ((1., 3), (5., 1)):
-        term.accumulate(SimpleNamespace(detection_batch=SimpleNamespace(terms=dict(map=torch.tensor(value)), n=n)))
+        batch = LossesFromModel()
+        batch.terms, batch.n = dict(map=torch.tensor(value)), n
+        term.accumulate(SimpleNamespace(cbs=[batch]))
     assert term.value == 2
 
 
@@ -212,6 +218,14 @@ def test_images_with_a_finding_without_place_are_not_evaluated(prepared, learn, 
     assert '1 images without known findings' in capsys.readouterr().out
 
 
+def test_an_unlabelled_cohort_has_no_truth(prepared, learn):
+    cohort = prepared.cohort
+    unlabelled = TinyLike(prepared, cohort.with_tables(findings=cohort.findings[:0]))
+    table = predict(learn, unlabelled, rows=momminet_cases(cohort).head(4))
+    assert set(table.output) == {'probability'}
+    with pytest.raises(InputError, match='true boxes'): evaluate(table.assign(split='test'))
+
+
 class TinyLike:
     "The same images with another cohort"
     def __init__(self, prepared, cohort):
@@ -248,6 +262,18 @@ def test_detections_are_drawn_on_the_stored_image(prepared, learn):
     truth = table[(table.image_id == image_id) & (table.output == 'finding')]
     assert [x0, y0] in truth[['xmin', 'ymin']].to_numpy().tolist()
     plt.close('all')
+
+
+def test_the_three_commands_take_a_detector(prepared, tmp_path):
+    options = dict(loader_options=dict(bs=8, device='cpu'), learner_options=dict(preset='small', encoder='hrnet_w18_small'))
+    learn, metrics = train_system(
+        'ipsidual', prepared.cohort.root, tmp_path/'model', (64, 48), epochs=1, workers=1, **options)
+    assert metrics.metric.tolist()[0] == 'recall_0.5'
+    table, n_images, n_left = predict_folder(prepared.cohort.root, tmp_path/'model', tmp_path/'out', workers=1)
+    assert (n_images, n_left) == (48, 0)
+    assert mammo_evaluate(str(tmp_path/'out'/'predictions.csv'), split='valid', n_boot=20, out=str(tmp_path/'m.csv')) == 0
+    again = pd.read_csv(tmp_path/'m.csv')
+    assert np.allclose(again.value, metrics.value, atol=1e-4)
 
 
 # ---- loaders

@@ -229,8 +229,7 @@ def flow_pairs(
     return f'{len(flows)} {text_sha256(describe_value(sorted(flows)), 12)}'
 
 # %% ../../nbs/learners/06_run_config.ipynb #5d0c8a24
-_OTHERWISE = ( # described elsewhere, or filled while samples are read
-    'prepared', 'images', 'rows', 'excluded', 'flows', 'gaze_maps', 'gaze_extent', 'annotations')
+_OTHERWISE = ('prepared', 'images', 'rows', 'excluded', 'flows', 'gaze_maps', 'gaze_extent')
 
 describe_value.register(PreparedCohort, lambda prepared: describe_value(prepared.keys))
 describe_value.register(Cohort, lambda cohort: describe_value([cohort.images, cohort.findings]))
@@ -254,8 +253,9 @@ def dataset_config(
     config['flows'] = flow_summary(getattr(dataset, 'flows', None))
     if hasattr(type(dataset), 'run_config'): return config | dict(settings=dataset.run_config())
     config['settings'] = {}
+    skipped = (*_OTHERWISE, *getattr(dataset, 'caches', ()))
     for name, value in vars(dataset).items():
-        if name[:1] == '_' or name in _OTHERWISE: continue
+        if name[:1] == '_' or name in skipped: continue
         config['settings'][name] = _short(describe_value(value))
     return config
 

@@ -25,7 +25,7 @@ from ..core.vocabulary import SPLITS
 from .keep_best import unwrap_model
 from ..cohort.leaks import check_split, select_split
 from ..metrics.boxes import detections_table
-from ..metrics.predictions import check_predictions, predictions_table
+from ..metrics.predictions import BOX_COLUMNS, check_predictions, predictions_table
 from mammo_nb.preparation.prepared_cohort import (
     PreparedCohort, check_preparation, check_prepared
 )
@@ -70,6 +70,7 @@ SYSTEM_MODULES = dict( # name of a system -> module that registers it
     ipsidual=f'{_LEARNERS}.momminet',
     bidual=f'{_LEARNERS}.momminet',
     momminet=f'{_LEARNERS}.momminet',
+    malignancy=f'{_LEARNERS}.malignancy',
     lmvnet=f'{_LEARNERS}.risk',
     unaligned_risk=f'{_LEARNERS}.risk',
     current_exam=f'{_LEARNERS}.risk',
@@ -235,8 +236,9 @@ class _Collector:
         if isinstance(found[0], list):
             boxes = sum(found, [])
             return _box_rows(rows, boxes, self.dataset.prepared, *kind)
-        paths = self.paths.get(name)
-        return predictions_table(rows, self.numbers(name), *kind, paths=paths)
+        paths, sides = self.paths.get(name), list(BOX_COLUMNS)
+        boxes = rows[sides] if set(sides) <= set(rows) else None # of a case that is a box
+        return predictions_table(rows, self.numbers(name), *kind, boxes, paths)
 
     def table(self):
         "One table of all outputs"

@@ -61,6 +61,7 @@ class SampleDataset:
     n_inp = 1 # the first part of a sample is the input, as fastai wants to know
     input_type, target_type = Sample, Sample
     case_name = 'cases' # what a row is, in the text of `repr`
+    caches = () # attributes that are filled while samples are read
     def __init__(self,
         prepared:PreparedCohort, # the prepared images
         rows:pd.DataFrame, # cases

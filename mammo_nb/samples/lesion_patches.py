@@ -48,14 +48,14 @@ def annotated_patches(
     rows = rows.sort_values(order, kind='stable').drop(columns='pathology')
     return rows.assign(source='annotated').reset_index(drop=True)
 
-# %% ../../nbs/samples/30_lesion_patches.ipynb #552e14a4
+# %% ../../nbs/samples/30_lesion_patches.ipynb #55def717
 def _match_patches(boxes, gold, iou):
     "For each box the row of `gold` that it hits, or -1"
     if not len(boxes) or not len(gold): return np.full(len(boxes), -1)
     sides = []
     for table in (boxes, gold):
         corners = table[_CORNERS].to_numpy(float)
-        sides.append(torch.from_numpy(corners))
+        sides.append(torch.tensor(corners))
     largest, best = box_iou(*sides).max(1)
     rows = gold.index.to_numpy()[best.numpy()]
     return np.where(largest.numpy() >= iou, rows, -1)
@@ -135,6 +135,7 @@ PATCH_COLUMNS = (ImageColumn('image_id', 'same', 'same', 'exam_id'),)
 class PatchDataset(SampleDataset):
     "Patches of a prepared cohort as `(PatchInputs, PatchTargets)`"
     input_type, target_type, case_name = PatchInputs, PatchTargets, 'patches'
+    caches = ('boxes',)
     def __init__(self,
         prepared:PreparedCohort, # the prepared images
         rows:pd.DataFrame, # as from `annotated_patches` and `detected_patches`

@@ -87,6 +87,7 @@ _CORNERS = ['xmin', 'ymin', 'xmax', 'ymax']
 class ThreeViewDataset(SampleDataset):
     "Images of a prepared cohort as `(ThreeViewInputs, ThreeViewTargets)`"
     input_type, target_type, case_name = ThreeViewInputs, ThreeViewTargets, 'images'
+    caches = ('annotations',)
     def __init__(self,
         prepared:PreparedCohort, # the prepared images
         rows:pd.DataFrame, # as from `three_view_cases`
