@@ -125,7 +125,7 @@ SCRIPTS = dict(
     momminet=dict(
         dls='momminet_dls', learner='momminet_learner',
         arguments=f", 'tri', ipsidual={DETECTOR}, bidual={ENCODER}, model_args=dict(width=8)"),
-    malignancy=dict(dls='patch_dls', learner='malignancy_learner', arguments=", encoder='small', stride=8, model_args=dict(width=4), recipe=None"),
+    malignancy=dict(dls='patch_dls', learner='malignancy_learner', arguments=", encoder='small', model_args=dict(stride=8, width=4), recipe=None"),
     registration=dict(dls='pair_dls', learner='registration_learner', arguments=', model_args=dict(width=4, depth=1)'))
 
 

@@ -30,10 +30,12 @@ def tiny_images(patients, exams=2):
 
 
 def tiny_findings(images):
-    "A mass on every image of a left breast; how malignant it is nobody knows"
-    left = images.image_id[images.laterality == 'L'].tolist()
+    "A mass on every image: a malignant one in a left breast, a benign one in a right one"
     boxes = dict(xmin=4., ymin=6., xmax=12., ymax=16.)
-    return pd.DataFrame([dict(finding_id=f'{i}-1', image_id=i, kind='mass', **boxes) for i in left])
+    pathology = images.laterality.map(dict(L='malignant', R='benign'))
+    rows = [dict(finding_id=f'{i}-1', image_id=i, kind='mass', pathology=p, **boxes)
+            for i, p in zip(images.image_id, pathology)]
+    return pd.DataFrame(rows)
 
 
 class TinyImage(SimpleNamespace):
@@ -41,7 +43,7 @@ class TinyImage(SimpleNamespace):
     @property
     def mask(self): return self.image[0] > 0
 
-    def boxes(self, boxes): return np.asarray(boxes, float)
+    def boxes(self, boxes, clip=True): return np.asarray(boxes, float)
     def points(self, points): return np.asarray(points, float)
     inverse_boxes, inverse_points = boxes, points
 
@@ -69,6 +71,11 @@ class TinyPrepared:
         "The ids of all images that the tensors of a sample hold"
         by_level = {level: i for i, level in self.levels.items()}
         found = set()
+        if 'patch' in sample: # a resampled part of an image, around its middle
+            middle = float(sample['patch'][0, *(n//2 for n in sample['patch'].shape[1:])])
+            level = min(by_level, key=lambda known: abs(known-middle))
+            assert abs(level-middle) < 1e-4
+            found.add(by_level[level])
         for tensor in sample.values():
             if tensor.ndim < 2 or tensor.shape[-2:] != SIZE or not tensor.is_floating_point(): continue
             for image in tensor.reshape(-1, *SIZE).numpy():

@@ -131,10 +131,11 @@ class DetectionBatch(LossesFromModel):
         self.matches = match_detections(out, targets)
         return pad_detections(out, self.length)
 
-# %% ../../nbs/learners/35_detection.ipynb #f00ab06b
+# %% ../../nbs/learners/35_detection.ipynb #693c58e6
 def _model_losses(learn):
     "The callback of a learner that holds the losses of a batch"
-    return next(cb for cb in learn.cbs if isinstance(cb, LossesFromModel))
+    own = [cb for cb in learn.cbs if isinstance(cb, LossesFromModel)]
+    return own[0]
 
 class LossTerm(Metric):
     "Mean of one term of the loss of a model over the validation samples"

@@ -47,7 +47,7 @@ class LossWithoutDecay(Callback):
         if not is_fitting(self.learn): return
         exclude_from_decay(self.learn.opt, self.learn.model.loss)
 
-# %% ../../nbs/learners/50_malignancy.ipynb #5b8ee058
+# %% ../../nbs/learners/50_malignancy.ipynb #a6da64bb
 def _recipe(recipe):
     "Callbacks and optimizer of a recipe"
     check_in(recipe, ('paper', None), 'malignancy_learner', 'recipe')
@@ -62,10 +62,9 @@ def malignancy_learner(
     weighting:str='learned', # `learned`, `fixed`, or `binary`: malignancy alone
     weight:float=.7, # of malignancy if `fixed`
     encoder:str='densenet121', # see `MalignancyNet`
-    stride:int=32, # pixels of the patch a cell of the map
     pretrained:bool|str=False, # weights of the encoder, see `Backbone`
     model:nn.Module|None=None, # your own `MalignancyNet`, instead of the arguments above
-    model_args:dict|None=None, # further arguments of `MalignancyNet`
+    model_args:dict|None=None, # further arguments of `MalignancyNet`, such as `stride`
     recipe:str|None='paper', # `paper`: SGD, plateaus, early stopping; `None`: none of them
     seed:int|None=None, # of weights and training; `None`: the global generators as they are
     folder=None, # of the checkpoint, see `ResumeTraining`; `None`: none
@@ -79,18 +78,18 @@ def malignancy_learner(
     "Make a fastai learner for malignancy and BI-RADS"
     if seed is not None: seed_everything(seed)
     if model is None:
-        options = dict(weighting=weighting, weight=weight) | (model_args or {})
-        model = MalignancyNet(encoder, stride, pretrained, **options)
+        options = dict(pretrained=pretrained, weighting=weighting, weight=weight)
+        model = MalignancyNet(encoder, **options | (model_args or {}))
     model.set_training_info(dls.description | dict(weighting=weighting))
-    recipe_cbs, optimizer = _recipe(recipe)
     best = 'auc' if keep_best and metrics is None else None
+    recipe_cbs, optimizer = _recipe(recipe)
     own = [PatchBatch(), LossWithoutDecay(), *recipe_cbs]
     run = dict(seed=seed, recipe=recipe)
     own = training_callbacks(own, model, model.system, best, folder, run)
     if metrics is None: metrics = [LossTerm('malignancy'), LossTerm('birads'), auc_metric()]
     options = optimizer | dict(splitter=loss_splitter(model.loss)) | kwargs
-    parts = dict(lr=lr, wd=wd, metrics=metrics, cbs=[*own, *L(cbs)])
-    return Learner(dls, model, DetectionLoss(), **parts, **options)
+    parts = dict(metrics=metrics, cbs=[*own, *L(cbs)])
+    return Learner(dls, model, DetectionLoss(), lr=lr, wd=wd, **parts, **options)
 
 # %% ../../nbs/learners/50_malignancy.ipynb #75723aa0
 def patch_cases(
@@ -132,8 +131,8 @@ def evaluate_patches(
     patches = predictions.drop(columns=list(BOX_COLUMNS), errors='ignore')
     return evaluate_probabilities(patches.assign(image_id=names), n_boot, seed)
 
-# %% ../../nbs/learners/50_malignancy.ipynb #1d6f68bb
-_TINY = dict(encoder='small', stride=8, model_args=dict(width=4), recipe=None)
+# %% ../../nbs/learners/50_malignancy.ipynb #7d8b4f11
+_TINY = dict(encoder='small', model_args=dict(stride=8, width=4), recipe=None)
 _MALIGNANCY = register(System(
     name='malignancy', about='malignancy of a mass and its BI-RADS category, from a patch',
     model=MalignancyNet, cases=patch_cases, samples=patch_samples, outputs=patch_outputs,
