@@ -64,7 +64,7 @@ class ThreeViewTargets(Sample):
         n = len(self['boxes'])
         return {0: 'no finding', 1: '1 finding'}.get(n, f'{n} findings')
 
-# %% ../../nbs/samples/25_three_views.ipynb #98a64de5
+# %% ../../nbs/samples/25_three_views.ipynb #d163b432
 MASS_MAPS = ('map_ipsidual', 'map_bidual') # what the fusion network reads beside the image
 THREE_VIEW_COLUMNS = ( # of `three_view_cases`
     ImageColumn('image_id', 'same', 'same', 'exam_id'),
@@ -72,6 +72,7 @@ THREE_VIEW_COLUMNS = ( # of `three_view_cases`
     ImageColumn('image_id_contralateral', 'same', 'other', 'exam_id'))
 _CORNERS = ['xmin', 'ymin', 'xmax', 'ymax']
 
+# %% ../../nbs/samples/25_three_views.ipynb #f29f81bc
 class ThreeViewDataset(SampleDataset):
     "Images of a prepared cohort as `(ThreeViewInputs, ThreeViewTargets)`"
     input_type, target_type, case_name = ThreeViewInputs, ThreeViewTargets, 'images'
