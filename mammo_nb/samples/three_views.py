@@ -135,7 +135,7 @@ def _nipple_places(nipples):
         places[row['image_id']] = place, covariance
     return places
 
-# %% ../../nbs/samples/25_three_views.ipynb #710b63df
+# %% ../../nbs/samples/25_three_views.ipynb #016265ca
 @patch
 def read_boxes(self:ThreeViewDataset,
     image_id:str, # of the images table
@@ -167,6 +167,7 @@ def read_nipple_place(self:ThreeViewDataset,
     place = torch.tensor(image.points(stored).tolist(), dtype=torch.float32)
     return place, torch.zeros(2, 2)
 
+# %% ../../nbs/samples/25_three_views.ipynb #57aa5271
 @patch
 def annotate(self:ThreeViewDataset,
     image_id:str # of the images table
