@@ -240,11 +240,22 @@ def _change_points(x, size, moves, exposure, flip, move=move_points):
         points[:, rows] = size[0] - opposite
     return torch.stack(out) if isinstance(x, Tensor) else out
 
+def _change_covariance(x, size, moves, exposure, flip):
+    matrices = move_matrix(moves, size[1]/size[0])
+    ends = x.new_tensor([[0., 0], [1, 0], [0, 1]])
+    moved = torch.stack([move_points(ends, matrix, size) for matrix in matrices])
+    turn = (moved[:, 1:]-moved[:, :1]).mT # of a step along the rows, and along the columns
+    x = turn @ x @ turn.mT
+    if flip is None: return x
+    mirrored = x*x.new_tensor([[1., -1], [-1, 1]])
+    return torch.where(flip.view(-1, 1, 1), mirrored, x)
+
 def _change_boxes(*args): return _change_points(*args, move=move_boxes)
 
 _CHANGE = dict(
     image=_change_image, map=_change_map, mask=_change_mask,
-    flow=_change_flow, points=_change_points, boxes=_change_boxes)
+    flow=_change_flow, points=_change_points, boxes=_change_boxes,
+    covariance=_change_covariance)
 
 # %% ../../nbs/samples/07_augment.ipynb #d50de6df
 class Augment(ItemTransform):

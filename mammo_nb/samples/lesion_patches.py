@@ -201,7 +201,7 @@ def __getitem__(self:PatchDataset,
     y = PatchTargets(label=torch.tensor(float(row.label)), birads=torch.tensor(birads))
     return x, y
 
-# %% ../../nbs/samples/30_lesion_patches.ipynb #5a995f2c
+# %% ../../nbs/samples/30_lesion_patches.ipynb #272c4eb9
 def _split_patches(rows, split, source, where):
     "Labelled patches of a split; both classes must be among them"
     part = select_split(rows, split, where)
@@ -213,6 +213,7 @@ def _split_patches(rows, split, source, where):
         raise InputError(where, f'split {split}', found, 'malignant and other patches')
     return part
 
+# %% ../../nbs/samples/30_lesion_patches.ipynb #108ed033
 def patch_dls(
     prepared:PreparedCohort, # prepared images with a cohort that has splits
     bs:int=16, # patches a batch

@@ -14,7 +14,7 @@ from ..core.errors import check_in
 from ..core.figure_text import figure_text
 
 # %% ../../nbs/samples/01_sample.ipynb #de152809
-FIELD_KINDS = ('image', 'mask', 'map', 'boxes', 'points', 'flow', 'number')
+FIELD_KINDS = ('image', 'mask', 'map', 'boxes', 'points', 'covariance', 'flow', 'number')
 
 class Field:
     "What one entry of a sample is"

@@ -55,6 +55,8 @@ class ThreeViewInputs(Sample):
     map_ipsidual, map_bidual = Field('map', grid='main'), Field('map', grid='main')
     nipple_main = Field('points', grid='main', present='has_nipple_main')
     nipple_ipsilateral = Field('points', grid='ipsilateral', present='has_nipple_ipsilateral')
+    nipple_covariance_main = Field('covariance', grid='main')
+    nipple_covariance_ipsilateral = Field('covariance', grid='ipsilateral')
 
 class ThreeViewTargets(Sample):
     "The boxes of the findings in the main image, and the class of each"
@@ -76,7 +78,7 @@ class ThreeViewTargets(Sample):
             ctx.add_patch(outline)
             ctx.text(left+x1, y0, f'{score:.2f}', color='cyan', fontsize=8)
 
-# %% ../../nbs/samples/25_three_views.ipynb #98a64de5
+# %% ../../nbs/samples/25_three_views.ipynb #d163b432
 MASS_MAPS = ('map_ipsidual', 'map_bidual') # what the fusion network reads beside the image
 THREE_VIEW_COLUMNS = ( # of `three_view_cases`
     ImageColumn('image_id', 'same', 'same', 'exam_id'),
@@ -84,6 +86,7 @@ THREE_VIEW_COLUMNS = ( # of `three_view_cases`
     ImageColumn('image_id_contralateral', 'same', 'other', 'exam_id'))
 _CORNERS = ['xmin', 'ymin', 'xmax', 'ymax']
 
+# %% ../../nbs/samples/25_three_views.ipynb #f29f81bc
 class ThreeViewDataset(SampleDataset):
     "Images of a prepared cohort as `(ThreeViewInputs, ThreeViewTargets)`"
     input_type, target_type, case_name = ThreeViewInputs, ThreeViewTargets, 'images'
@@ -147,7 +150,7 @@ def _nipple_places(nipples):
         places[row['image_id']] = place, covariance
     return places
 
-# %% ../../nbs/samples/25_three_views.ipynb #710b63df
+# %% ../../nbs/samples/25_three_views.ipynb #016265ca
 @patch
 def read_boxes(self:ThreeViewDataset,
     image_id:str, # of the images table
@@ -179,6 +182,7 @@ def read_nipple_place(self:ThreeViewDataset,
     place = torch.tensor(image.points(stored).tolist(), dtype=torch.float32)
     return place, torch.zeros(2, 2)
 
+# %% ../../nbs/samples/25_three_views.ipynb #57aa5271
 @patch
 def annotate(self:ThreeViewDataset,
     image_id:str # of the images table
