@@ -35,8 +35,7 @@ def _build_box_head(self, n_inputs, dim, classes):
 # %% ../../nbs/models/66_ipsidual.ipynb #8f532e1a
 class IpsiDualNet(HubModel):
     "Three-view inputs -> boxes of the findings in the main view"
-    system = 'ipsidual'
-    config_options = HRNET_OPTIONS
+    system, config_options = 'ipsidual', HRNET_OPTIONS
     def __init__(self,
         encoder:str='hrnet_w48', # see `HRNet`
         ipsilateral:bool=True, # read the other view of the breast

@@ -213,6 +213,7 @@ def _split_patches(rows, split, source, where):
         raise InputError(where, f'split {split}', found, 'malignant and other patches')
     return part
 
+# %% ../../nbs/samples/30_lesion_patches.ipynb #108ed033
 def patch_dls(
     prepared:PreparedCohort, # prepared images with a cohort that has splits
     bs:int=16, # patches a batch
