@@ -194,7 +194,7 @@ def second_stage(self:IpsiDualNet,
 
 # %% ../../nbs/models/66_ipsidual.ipynb #cc44cb79
 @patch
-def losses(self:IpsiDualNet,
+def compute_losses(self:IpsiDualNet,
     inputs:dict, # see `forward`
     targets:list # of `target_list`
 )->dict: # `objectness`, `proposal_box`, `class`, `box`: scalars to add
@@ -230,4 +230,4 @@ def forward(self:IpsiDualNet,
 ): # losses by name; without targets a list of detections
     "Compute losses, or detect"
     if targets is None: return self.detect(inputs)
-    return self.losses(inputs, target_list(targets, len(inputs['main'])))
+    return self.compute_losses(inputs, target_list(targets, len(inputs['main'])))
