@@ -74,7 +74,7 @@ class IpsiDualNet(HubModel):
         blocks = [RelationBlock(dim, heads, geometry) for _ in range(2)] if self.compares else []
         self.blocks = nn.ModuleList(blocks)
 
-# %% ../../nbs/models/66_ipsidual.ipynb #440ff635
+# %% ../../nbs/models/66_ipsidual.ipynb #12017922
 class FirstStage(NamedTuple):
     "Features and proposals of B main images, followed by those of the other views that exist"
     levels: dict # name of a level -> maps [B+P,C,h,w]
@@ -85,7 +85,7 @@ class FirstStage(NamedTuple):
 @patch
 def propose(self:IpsiDualNet,
     inputs:dict # see `forward`
-)->FirstStage:
+)->FirstStage: # of the main images and of the other views that exist
     "Run the first stage on all images that exist"
     main = inputs['main']
     images, other = main, [None]*len(main)
@@ -125,13 +125,13 @@ def _beside(main, other):
     beside = mean.expand_as(main)
     return torch.cat([main, beside], 1)
 
-# %% ../../nbs/models/66_ipsidual.ipynb #f2fb4d4b
+# %% ../../nbs/models/66_ipsidual.ipynb #765baf28
 def describe_boxes(
     inputs:dict, # see `IpsiDualNet.forward`
     view:str, # `main` or `ipsilateral`
     i:int, # image of the batch
     boxes:Tensor # [n,4]
-)->ViewBoxes:
+)->ViewBoxes: # NaN where something is unknown
     "Put boxes, nipple and scale of one view together"
     read = {}
     for name in ('nipple', 'nipple_covariance', 'has_nipple', 'spacing'):

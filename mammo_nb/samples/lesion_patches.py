@@ -201,7 +201,7 @@ def __getitem__(self:PatchDataset,
     y = PatchTargets(label=torch.tensor(float(row.label)), birads=torch.tensor(birads))
     return x, y
 
-# %% ../../nbs/samples/30_lesion_patches.ipynb #5a995f2c
+# %% ../../nbs/samples/30_lesion_patches.ipynb #272c4eb9
 def _split_patches(rows, split, source, where):
     "Labelled patches of a split; both classes must be among them"
     part = select_split(rows, split, where)

@@ -78,13 +78,14 @@ class ThreeViewTargets(Sample):
             ctx.add_patch(outline)
             ctx.text(left+x1, y0, f'{score:.2f}', color='cyan', fontsize=8)
 
-# %% ../../nbs/samples/25_three_views.ipynb #98a64de5
+# %% ../../nbs/samples/25_three_views.ipynb #d163b432
 THREE_VIEW_COLUMNS = ( # of `three_view_cases`
     ImageColumn('image_id', 'same', 'same', 'exam_id'),
     ImageColumn('image_id_ipsilateral', 'other', 'same', 'exam_id'),
     ImageColumn('image_id_contralateral', 'same', 'other', 'exam_id'))
 _CORNERS = ['xmin', 'ymin', 'xmax', 'ymax']
 
+# %% ../../nbs/samples/25_three_views.ipynb #f29f81bc
 class ThreeViewDataset(SampleDataset):
     "Images of a prepared cohort as `(ThreeViewInputs, ThreeViewTargets)`"
     input_type, target_type, case_name = ThreeViewInputs, ThreeViewTargets, 'images'
@@ -148,7 +149,7 @@ def _nipple_places(nipples):
         places[row['image_id']] = place, covariance
     return places
 
-# %% ../../nbs/samples/25_three_views.ipynb #710b63df
+# %% ../../nbs/samples/25_three_views.ipynb #016265ca
 @patch
 def read_boxes(self:ThreeViewDataset,
     image_id:str, # of the images table
