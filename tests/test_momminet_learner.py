@@ -17,12 +17,12 @@ from mammo_nb.core.errors import InputError
 from mammo_nb.core.hub import model_version
 from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.detection import (
-    DetectionRecall, LossesFromModel, LossTerm, class_kinds, evaluate_detections, finding_rows
+    DetectionRecall, LossesFromModel, LossTerm, class_kinds, evaluate_detections, true_box_rows
 )
 from mammo_nb.learners.momminet import (
     LOSS_TERMS, PRESETS, VARIANTS, momminet_cases, momminet_dls, momminet_learner, momminet_samples, show_detections
 )
-from mammo_nb.learners.momminet_stages import read_maps, train_momminet, write_maps
+from mammo_nb.learners.momminet_stages import read_mass_maps, train_momminet, write_mass_maps
 from mammo_nb.learners.run_config import run_config_of
 from mammo_nb.learners.systems import evaluate, predict
 from mammo_nb.metrics.predictions import BOX_COLUMNS, has_box, read_predictions, write_predictions
@@ -210,7 +210,7 @@ def test_images_with_a_finding_without_place_are_not_evaluated(prepared, learn, 
     image_id = findings.image_id[findings.kind == 'mass'].iloc[0]
     findings.loc[findings.image_id == image_id, list(BOX_COLUMNS)] = np.nan
     vague = TinyLike(prepared, prepared.cohort.with_tables(findings=findings))
-    rows = finding_rows(momminet_samples(vague, momminet_cases(vague.cohort), learn.model), 'ipsidual', 'v')
+    rows = true_box_rows(momminet_samples(vague, momminet_cases(vague.cohort), learn.model), 'ipsidual', 'v')
     assert image_id not in set(rows.image_id)
     boxes = rows.assign(output='probability')
     extra = boxes.head(1).assign(image_id=image_id, value=.5)
@@ -343,8 +343,8 @@ def test_a_second_call_trains_nothing_and_other_settings_train_again(prepared, w
 
 def test_maps_come_back_as_they_were_written(tmp_path):
     maps = {'a b': dict(map_ipsidual=torch.rand(1, 4, 3).half(), map_bidual=torch.rand(1, 4, 3).half())}
-    write_maps(maps, tmp_path)
-    again = read_maps(tmp_path)
+    write_mass_maps(maps, tmp_path)
+    again = read_mass_maps(tmp_path)
     assert again.keys() == maps.keys()
     assert all(again['a b'][name].equal(values) for name, values in maps['a b'].items())
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'DetectionLoss', 'pad_detections', 'match_detections', 'LossesFromModel', 'DetectionBatch',
            'LossTerm', 'DetectionRecall', 'detection_metrics', 'class_kinds', 'output_names', 'detection_outputs',
-           'finding_rows', 'evaluate_detections']
+           'true_box_rows', 'evaluate_detections']
 
 # %% ../../nbs/learners/35_detection.ipynb #7d2413d8
 import numpy as np, pandas as pd, torch
@@ -225,14 +225,14 @@ def detection_outputs(
         sorted_boxes[name] = pairs
     return sorted_boxes
 
-# %% ../../nbs/learners/35_detection.ipynb #23d78eca
+# %% ../../nbs/learners/35_detection.ipynb #827fde0f
 def _true_boxes(findings, image_id):
     "Boxes [k,4] of one image; `None`: a finding is there, but its place is unknown"
     own = findings.loc[findings.image_id == image_id, list(BOX_COLUMNS)].astype(float)
     if own.isna().any(axis=None): return None
     return own.drop_duplicates().to_numpy()
 
-def finding_rows(
+def true_box_rows(
     dataset:ThreeViewDataset, # what was predicted
     system:str, # name of the system
     version:str # of the model

@@ -33,21 +33,13 @@ from ..models.malignancy import MalignancyNet
 from ..preparation.prepared_cohort import PreparedCohort
 from ..samples.lesion_patches import PatchDataset, annotated_patches, patch_dls
 
-# %% ../../nbs/learners/50_malignancy.ipynb #392fc78e
+# %% ../../nbs/learners/50_malignancy.ipynb #63664c8c
 class PatchBatch(LossesFromModel):
     "Pass targets to a malignancy network, and collect its probabilities in validation"
     def count(self, targets): return len(targets['label'])
     def flags(self, targets): return targets['label'].float()
     def collect(self, out, targets): return out['probability']
 
-class LossWithoutDecay(Callback):
-    "Train the weights of the tasks without weight decay"
-    run_valid = False
-    def before_epoch(self):
-        if not is_fitting(self.learn): return
-        exclude_from_decay(self.learn.opt, self.learn.model.loss)
-
-# %% ../../nbs/learners/50_malignancy.ipynb #a6da64bb
 def _recipe(recipe):
     "Callbacks and optimizer of a recipe"
     check_in(recipe, ('paper', None), 'malignancy_learner', 'recipe')
@@ -56,6 +48,14 @@ def _recipe(recipe):
     stop = EarlyStopping('valid_loss', patience=15)
     return [plateau, stop], dict(opt_func=partial(SGD, mom=.9))
 
+class LossWithoutDecay(Callback):
+    "Train the weights of the tasks without weight decay"
+    run_valid = False
+    def before_epoch(self):
+        if not is_fitting(self.learn): return
+        exclude_from_decay(self.learn.opt, self.learn.model.loss)
+
+# %% ../../nbs/learners/50_malignancy.ipynb #27988e91
 @delegates(Learner.__init__)
 def malignancy_learner(
     dls:DataLoaders, # from `patch_dls`

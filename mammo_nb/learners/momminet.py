@@ -6,7 +6,7 @@
 __all__ = ['NIPPLES', 'VARIANTS', 'LOSS_TERMS', 'PRESETS', 'shuffle_nipples', 'find_nipples', 'find_geometry', 'momminet_dls',
            'momminet_learner', 'momminet_cases', 'momminet_samples', 'show_detections']
 
-# %% ../../nbs/learners/40_momminet.ipynb #a52dca31
+# %% ../../nbs/learners/40_momminet.ipynb #9ad7acd6
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..core.figure_text import figure_text
 from ..core.seeding import rng_for, seed_everything
 from mammo_nb.learners.detection import (
     DetectionBatch, DetectionLoss, class_kinds, detection_metrics, detection_outputs,
-    evaluate_detections, finding_rows
+    evaluate_detections, true_box_rows
 )
 from .resume import training_callbacks
 from .systems import System, load_model, register
@@ -267,7 +267,7 @@ def momminet_samples(
     options = dict(nipples=geometry['nipples'], flows=flows, in_memory=False)
     return ThreeViewDataset(prepared, rows, class_kinds(model), **options)
 
-# %% ../../nbs/learners/40_momminet.ipynb #6f02f62a
+# %% ../../nbs/learners/40_momminet.ipynb #cf215b38
 _TINY = dict(
     channels=16, dim=32, heads=2, roi_size=3, anchor_scale=4., n_proposals=16, n_other=4,
     n_sampled=16, width=4, stem=4, modules=(1, 1, 1), blocks=1, finest=2, sigma=3.)
@@ -278,7 +278,7 @@ def _register(model, about, learner):
     return register(System(
         name=model.system, about=about, model=model,
         cases=momminet_cases, samples=momminet_samples, outputs=detection_outputs,
-        loaders=momminet_dls, learner=learner, evaluate=evaluate_detections, truth=finding_rows,
+        loaders=momminet_dls, learner=learner, evaluate=evaluate_detections, truth=true_box_rows,
         primary='probability', monitor='mean_recall', small=_SMALL[model]))
 
 _SMALL = { # a training for checks

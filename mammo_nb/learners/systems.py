@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 from fastai.learner import Learner
+from fastcore.basics import patch
 from torch import nn
 from ..core.errors import InputError, check_in
 from ..core.file_names import file_names
@@ -240,13 +241,15 @@ class _Collector:
         boxes = rows[sides] if set(sides) <= set(rows) else None # of a case that is a box
         return predictions_table(rows, self.numbers(name), *kind, boxes, paths)
 
-    def table(self):
-        "One table of all outputs"
-        parts = [self.rows_of(name) for name in self.values]
-        if self.system.truth:
-            parts.append(self.system.truth(self.dataset, self.system.name, self.version))
-        whole = pd.concat([part for part in parts if len(part)], ignore_index=True)
-        return check_predictions(whole)
+# %% ../../nbs/learners/10_systems.ipynb #5e0c77d1
+@patch
+def table(self:_Collector):
+    "One table of all outputs"
+    parts = [self.rows_of(name) for name in self.values]
+    if self.system.truth:
+        parts.append(self.system.truth(self.dataset, self.system.name, self.version))
+    whole = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    return check_predictions(whole)
 
 # %% ../../nbs/learners/10_systems.ipynb #aa1ec404
 def _list_cases(rows):

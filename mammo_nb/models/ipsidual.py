@@ -35,8 +35,7 @@ def _build_box_head(self, n_inputs, dim, classes):
 # %% ../../nbs/models/66_ipsidual.ipynb #8f532e1a
 class IpsiDualNet(HubModel):
     "Three-view inputs -> boxes of the findings in the main view"
-    system = 'ipsidual'
-    config_options = HRNET_OPTIONS
+    system, config_options = 'ipsidual', HRNET_OPTIONS
     def __init__(self,
         encoder:str='hrnet_w48', # see `HRNet`
         ipsilateral:bool=True, # read the other view of the breast
@@ -195,7 +194,7 @@ def second_stage(self:IpsiDualNet,
 
 # %% ../../nbs/models/66_ipsidual.ipynb #cc44cb79
 @patch
-def losses(self:IpsiDualNet,
+def compute_losses(self:IpsiDualNet,
     inputs:dict, # see `forward`
     targets:list # of `target_list`
 )->dict: # `objectness`, `proposal_box`, `class`, `box`: scalars to add
@@ -231,4 +230,4 @@ def forward(self:IpsiDualNet,
 ): # losses by name; without targets a list of detections
     "Compute losses, or detect"
     if targets is None: return self.detect(inputs)
-    return self.losses(inputs, target_list(targets, len(inputs['main'])))
+    return self.compute_losses(inputs, target_list(targets, len(inputs['main'])))

@@ -46,6 +46,8 @@ def three_view_cases(
     return cases.sort_values(order, kind='stable').reset_index(drop=True)
 
 # %% ../../nbs/samples/25_three_views.ipynb #b29d8fd0
+MASS_MAPS = ('map_ipsidual', 'map_bidual') # what the fusion network reads beside the image
+
 class ThreeViewInputs(Sample):
     "An image, the other view of the breast, and the same view of the other breast"
     contralateral = Field('image', grid='main', present='present_contralateral')
@@ -79,7 +81,6 @@ class ThreeViewTargets(Sample):
             ctx.text(left+x1, y0, f'{score:.2f}', color='cyan', fontsize=8)
 
 # %% ../../nbs/samples/25_three_views.ipynb #d163b432
-MASS_MAPS = ('map_ipsidual', 'map_bidual') # what the fusion network reads beside the image
 THREE_VIEW_COLUMNS = ( # of `three_view_cases`
     ImageColumn('image_id', 'same', 'same', 'exam_id'),
     ImageColumn('image_id_ipsilateral', 'other', 'same', 'exam_id'),
