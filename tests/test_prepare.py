@@ -221,6 +221,24 @@ def test_wrong_images(what):
     with pytest.raises(InputError, match=message):
         prepare(image, 'L')
 
+@pytest.mark.parametrize('seed', range(5))
+def test_grey_levels_of_float_images_do_not_exceed_one(seed):
+    "Weights that sum to 1 but for the last digit gave 1.0000002"
+    rng = np.random.default_rng(seed)
+    (rows, cols), radius = rng.integers(300, 900, 2), rng.integers(100, 300)
+    y, x = np.mgrid[:rows, :cols]
+    p = prepare((np.hypot(y-rows/2, x) < radius).astype(np.float32), 'L')
+    assert p.image.min() == 0 and .999 < p.image.max() <= 1
+
+
+@pytest.mark.parametrize('shape', [(8, 1600), (6000, 8)])
+@pytest.mark.parametrize('dtype', [np.float32, np.uint16])
+def test_a_line_is_no_mammogram(shape, dtype):
+    "It ended in an error about a mean of no rows"
+    with pytest.raises(InputError, match=f'found an image of shape .{shape[0]}, {shape[1]}.'):
+        prepare(np.random.default_rng(0).integers(0, 2, shape).astype(dtype), 'L')
+
+
 def test_a_wrong_laterality():
     with pytest.raises(InputError, match='one of L, R'):
         prepare(breast(), 'left')
