@@ -2,11 +2,14 @@
 import json
 import shutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from mammo_nb.cli.evaluate import mammo_evaluate
 from mammo_nb.cli.predict import mammo_predict
 from mammo_nb.cli.prepare import mammo_prepare
 from mammo_nb.cli.tour import mammo_tour
 from mammo_nb.cli.train import mammo_train
+from mammo_nb.core.files import file_sha256
 from mammo_nb.insilico.files import insilico_cohort
 
 QUIET = dict(quiet=True, workers=1)
@@ -33,12 +36,12 @@ def refused(capsys, tmp_path, monkeypatch):
         message = capsys.readouterr().err.strip()
         assert status == 2 and len(message.splitlines()) == 1, message
         assert name in message and command.__name__ in message, message
-        assert not [*tmp_path.rglob('*.*')] and not (tmp_path/'entries').exists()
+        assert not [*tmp_path.rglob('*')], [*tmp_path.rglob('*')]
         return message
     return call
 
 
-@pytest.mark.parametrize('option', [dict(size='0x0'), dict(size='99999999x99999999'), dict(spacing_mm=float('nan')), dict(intensity='x'), dict(group='x'), dict(on_identity_mismatch='x')])
+@pytest.mark.parametrize('option', [dict(size='0x0'), dict(size='3²x48'), dict(size='x48'), dict(size='99999999x99999999'), dict(spacing_mm=float('nan')), dict(intensity='x'), dict(group='x'), dict(on_identity_mismatch='x')])
 def test_prepare(option, root, refused, tmp_path):
     refused(mammo_prepare, str(root/'cohort'), str(tmp_path/'c'), name=next(iter(option)), **QUIET, **option)
 
@@ -76,7 +79,15 @@ CONFIGS = {
     'a table for an encoder': lambda c: c.update(encoder={'a': 1}),
     'a text for a width': lambda c: c.update(width='x'),
     'no views': lambda c: c.update(views=None),
+    'a list for a class': lambda c: c['mammo_nb'].update(model=[1]),
+    'a table for a class': lambda c: c['mammo_nb'].update(model={}),
+    'an infinite size': lambda c: c['mammo_nb']['training']['prepare'].update(size=[float('inf'), 10]),
+    'a text for a choice': lambda c: c['mammo_nb']['training']['prepare'].update(crop='no'),
+    'a list for a choice': lambda c: c['mammo_nb']['training']['prepare'].update(enlarge=[1]),
 }
+TOLD = dict.fromkeys(CONFIGS, 'm/config.json') | {
+    'no preparation': 'prepare', 'half a preparation': 'prepare', 'an infinite size': 'size', 'a text for a choice': 'crop',
+    'a list for a choice': 'enlarge'}  # what the message names
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -86,7 +97,27 @@ def test_a_broken_configuration(name, root, refused, tmp_path_factory):
     config = json.loads((folder/'config.json').read_text())
     CONFIGS[name](config)
     (folder/'config.json').write_text(json.dumps(config))
-    refused(mammo_predict, str(root/'cohort'), str(folder), out='p', name='', **QUIET)
+    refused(mammo_predict, str(root/'cohort'), str(folder), out='p', name=TOLD[name], **QUIET)
+
+
+def test_a_configuration_without_an_end(root, refused, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('model')/'m'
+    shutil.copytree(root/'model', folder)
+    (folder/'config.json').write_text('['*200_000)
+    refused(mammo_predict, str(root/'cohort'), str(folder), out='p', name='config.json', **QUIET)
+
+
+@pytest.mark.parametrize('buffer', [torch.tensor([1, 2, 3], dtype=torch.uint8), torch.rand(5), torch.tensor(list(b'[1]'), dtype=torch.uint8),
+                                    torch.tensor(list(b'['*100_000), dtype=torch.uint8)], ids=['bytes', 'floats', 'list', 'deep'])
+def test_training_information_that_is_none(buffer, root, refused, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('model')/'m'
+    shutil.copytree(root/'model', folder)
+    weights = folder/'model.safetensors'
+    save_file(load_file(weights) | dict(trained_on=buffer), weights)
+    config = json.loads((folder/'config.json').read_text())
+    config['mammo_nb'] |= dict(training={}, weights_sha256=file_sha256(weights))
+    (folder/'config.json').write_text(json.dumps(config))
+    refused(mammo_predict, str(root/'cohort'), str(folder), out='p', name='trained_on', **QUIET)
 
 
 @pytest.mark.parametrize('n_boot', [0, -5, 10**12, 20.5])

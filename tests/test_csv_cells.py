@@ -68,6 +68,17 @@ def test_missing_values_and_objects_are_left_alone(tmp_path):
     assert again.a.fillna('').tolist() == ['=1', '', '-1.5', 'True'] and again.b.tolist()[1:] == [-2, 3, 4]
 
 
+@pytest.mark.parametrize('separator', [';', '\t', '\r'])
+def test_cells_that_another_program_would_cut_are_quoted(tmp_path, separator):
+    from mammo_nb.core.tables import read_csv, write_csv
+    text = f'x{separator}=1+1'
+    write_csv(pd.DataFrame(dict(a=[text, 'ok'], b=[1, 2])), tmp_path/'t.csv')
+    with open(tmp_path/'t.csv', newline='') as file:
+        assert file.read().splitlines(keepends=False)[0] == '"a","b"'
+    assert f'"{text}",1' in (tmp_path/'t.csv').read_bytes().decode()
+    assert read_csv(tmp_path/'t.csv').a[0].replace('\n', '\r') == text
+
+
 def test_an_empty_table(tmp_path):
     from mammo_nb.core.tables import read_csv, write_csv
     write_csv(pd.DataFrame(columns=['path', '=what'], dtype=str), tmp_path/'t.csv')

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
+from skimage.draw import polygon2mask
 from skimage.transform import resize
 from mammo_nb.core.errors import InputError
 from mammo_nb.core.geometry import mask_box
@@ -23,6 +24,7 @@ from mammo_nb.preparation.breast_mask import (
 from mammo_nb.preparation.prepare import PrepareConfig, plan, prepare
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
 from mammo_nb.preparation.resampling import block_mean, sample_matrix
+from mammo_nb.preparation.skin_line import fill_outline
 
 SHARED = Path(__file__).parents[2]/'shared'/'data'
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason='shared/data is not here')
@@ -221,6 +223,24 @@ def test_wrong_images(what):
     with pytest.raises(InputError, match=message):
         prepare(image, 'L')
 
+@pytest.mark.parametrize('seed', range(5))
+def test_grey_levels_of_float_images_do_not_exceed_one(seed):
+    "Weights that sum to 1 but for the last digit gave 1.0000002"
+    rng = np.random.default_rng(seed)
+    (rows, cols), radius = rng.integers(300, 900, 2), rng.integers(100, 300)
+    y, x = np.mgrid[:rows, :cols]
+    p = prepare((np.hypot(y-rows/2, x) < radius).astype(np.float32), 'L')
+    assert p.image.min() == 0 and .999 < p.image.max() <= 1
+
+
+@pytest.mark.parametrize('shape', [(8, 1600), (6000, 8)])
+@pytest.mark.parametrize('dtype', [np.float32, np.uint16])
+def test_a_line_is_no_mammogram(shape, dtype):
+    "It ended in an error about a mean of no rows"
+    with pytest.raises(InputError, match=f'found an image of shape .{shape[0]}, {shape[1]}.'):
+        prepare(np.random.default_rng(0).integers(0, 2, shape).astype(dtype), 'L')
+
+
 def test_a_wrong_laterality():
     with pytest.raises(InputError, match='one of L, R'):
         prepare(breast(), 'left')
@@ -309,3 +329,11 @@ def test_quarter_size_exams():
         p = done[n['id']]
         near = ndimage.binary_dilation(p.inverse_mask(p.mask), iterations=20)
         assert near[int(float(n['y_quarter'])), int(float(n['x_quarter']))]
+
+
+def test_outlines_are_filled_as_by_scikit_image():
+    rng = np.random.default_rng(0)
+    for n in (3, 5, 40, 900):
+        for _ in range(20):
+            places = rng.uniform(-20, 90, (n, 2))
+            np.testing.assert_array_equal(fill_outline((70, 60), places), polygon2mask((70, 60), places))

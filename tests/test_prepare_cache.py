@@ -19,6 +19,7 @@ import mammo_nb.preparation.prepare as prepare_module
 from mammo_nb.preparation.cache import Cache, CacheError, pack_entry, read_pixels, unpack_entry
 from mammo_nb.preparation.prepare import PrepareConfig, prepare
 from mammo_nb.preparation.prepared_cohort import PreparedCohort, prepare_cohort
+from mammo_nb.preparation.sources import image_size
 
 CONFIG = PrepareConfig(size=(96, 64))
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,45 @@ def test_broken_png_files(tmp_path, film, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
     with pytest.raises(InputError, match='could be decompression bomb'):
         read_pixels(good)
+
+
+GREY = {'png': {}, 'pgm': {}, 'tif': {}, 'lzw.tif': dict(compression='tiff_lzw'), 'deflate.tif': dict(compression='tiff_deflate')}
+
+
+@pytest.mark.parametrize('ending', GREY)
+def test_damaged_bytes_of_a_plain_image_are_a_failure_of_the_file(tmp_path, ending, capfd):
+    "Pillow's ValueError, TypeError and others ended the command"
+    rng = np.random.default_rng(0)
+    path = tmp_path/f'a.{ending}'
+    Image.fromarray(rng.integers(0, 256, (40, 30), dtype=np.uint8)).save(path, **GREY[ending])
+    good, outcomes = path.read_bytes(), set()
+    for _ in range(600):
+        data = bytearray(good)
+        for _ in range(rng.integers(1, 5)):  # headers and directories lie at both ends
+            end = rng.integers(0, min(60, len(data))) if rng.random() < .6 else rng.integers(max(0, len(data)-200), len(data))
+            data[end] = rng.integers(0, 256)
+        path.write_bytes(data[:rng.integers(0, len(data))] if rng.random() < .1 else data)
+        size = image_size(path)
+        assert size is None or (isinstance(size, tuple) and len(size) == 2)
+        try:
+            outcomes.add(read_pixels(path).dtype.kind)
+        except InputError as e:
+            assert str(path) in str(e)
+            outcomes.add('refused')
+    assert outcomes == {'u', 'refused'}
+
+
+def test_one_damaged_png_among_good_ones(tmp_path):
+    rows, image = [], np.zeros((96, 72), np.uint8)
+    image[20:80, :40] = 150
+    for k in range(3):
+        Image.fromarray(image+np.uint8(k)).save(tmp_path/f'{k}.png')
+        rows.append(dict(image_id=f'i{k}', patient_id=f'p{k}', exam_id=f'e{k}', laterality='L', view='CC', path=f'{k}.png', rows=96., cols=72.))
+    data = bytearray((tmp_path/'1.png').read_bytes())
+    data[11] = 5  # the length of the header
+    (tmp_path/'1.png').write_bytes(data)
+    prepared = prepare_cohort(Cohort(pd.DataFrame(rows), root=tmp_path), tmp_path/'c', size=(64, 48), workers=1, progress=False)
+    assert prepared.failures.image_id.tolist() == ['i1']
 
 # ---- entries
 
@@ -180,9 +220,10 @@ def test_changed_code_is_another_key(cache, tmp_path, monkeypatch, changed):
     monkeypatch.setattr(module, '_CODE', module._hash_code()) # a process that starts now
     assert cache.key('a'*64, 'L', CONFIG) != before
 
-def test_another_decoder_is_another_key(monkeypatch):
+@pytest.mark.parametrize('library', ['pylibjpeg', 'scikit-image'])
+def test_another_version_of_a_library_is_another_key(monkeypatch, library):
     before = module._hash_code()
-    monkeypatch.setattr(module, 'version', lambda name: '0.0' if name == 'pylibjpeg' else metadata.version(name))
+    monkeypatch.setattr(module, 'version', lambda name: '0.0' if name == library else metadata.version(name))
     assert module._hash_code() != before
 
 # ---- writing

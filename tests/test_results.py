@@ -144,6 +144,39 @@ def test_the_tour_replaces_no_page_of_the_user(tmp_path):
     assert (tmp_path/'t/index.html').read_text() == 'mine'
 
 
+@pytest.mark.parametrize('name', ['overlays', 'images'])
+def test_predict_asks_for_folders_before_the_work(cohort, model, tmp_path, capsys, name):
+    "A file named like a folder of results ended the command after the earlier results were removed"
+    few(cohort, tmp_path/'few', [0])
+    assert predict(tmp_path/'few', model, tmp_path/'o') == 0
+    (tmp_path/'o'/name).write_bytes(b'mine')
+    before = shown(tmp_path/'o')
+    assert predict(tmp_path/'few', model, tmp_path/'o', overlays=True) == 2
+    assert f'{name}: found files that mammo_predict did not write' in capsys.readouterr().err
+    assert shown(tmp_path/'o') == before
+
+
+def test_a_file_in_place_of_a_folder_keeps_the_earlier_results(tmp_path):
+    write_set(tmp_path, 'a')
+    (tmp_path/'deep').write_bytes(b'mine')
+    before = shown(tmp_path)
+    with pytest.raises(InputError, match='deep: found files'), results(tmp_path, replace_all=True).new(['0.csv']) as new:
+        (new/'deep/er').mkdir(parents=True)
+        (new/'deep/er/1.csv').write_text('b')
+    assert shown(tmp_path) == before
+
+
+def test_evaluate_replaces_no_predictions(cohort, model, tmp_path, capsys):
+    "The record of mammo_predict was taken for a leave to replace its table"
+    few(cohort, tmp_path/'few', range(12))
+    assert predict(tmp_path/'few', model, tmp_path/'o') == 0
+    before = shown(tmp_path/'o')
+    table = str(tmp_path/'o/predictions.csv')
+    assert mammo_evaluate(table, n_boot=20, out=table) == 2
+    assert 'predictions.csv: found files that mammo_evaluate did not write' in capsys.readouterr().err
+    assert shown(tmp_path/'o') == before
+
+
 # -- two runs at once, and runs that are killed
 
 LINES = ['import sys', 'from mammo_nb.cli.predict import mammo_predict', 'if __name__ == "__main__": sys.exit(mammo_predict())']

@@ -161,6 +161,43 @@ def test_a_prior_of_the_same_exam(prepared):
     refused(prepared, RISK, rows, 'previous_image_id_mlo_1: found', 'an image of an exam before')
 
 
+@pytest.fixture
+def three_exams():
+    "Two priors of each patient, a year and two years before the current exam"
+    years = {letter: f'{2017+n}-06-01' for n, letter in enumerate('abc')}
+    images = tiny_images(SPLITS, exams=3)
+    dates = pd.to_datetime(images.exam_id.str[-1].map(years))
+    return TinyPrepared(images.assign(exam_date=dates, years_to_cancer=float('nan')))
+
+
+def two_priors(prepared):
+    rows = breast_history(prepared.cohort, priors=2)
+    return rows[rows.previous_exam_id_2.notna()].reset_index(drop=True)
+
+
+@pytest.mark.parametrize('with_ids', [True, False])
+def test_priors_exchanged(three_exams, with_ids):
+    "The older prior stood in the place of the newer one"
+    rows = two_priors(three_exams)
+    assert len(RiskDataset(three_exams, rows, priors=2)) == len(rows) == 12
+    pairs = [(f'previous_image_id_{v}_1', f'previous_image_id_{v}_2') for v in ('cc', 'mlo')]
+    wrong = exchange(rows, [*pairs, ('previous_exam_id_1', 'previous_exam_id_2'), ('time_gap_1', 'time_gap_2')])
+    if not with_ids: wrong = wrong.drop(columns=['previous_exam_id_1', 'previous_exam_id_2'])
+    with pytest.raises(InputError, match='previous_image_id_cc_2: found .* of 2018-06-01 in row 0.*before 2017-06-01'):
+        RiskDataset(three_exams, wrong, priors=2)
+
+
+@pytest.mark.parametrize('with_dates', [True, False])
+def test_one_exam_as_two_priors(three_exams, with_dates):
+    rows = two_priors(three_exams)
+    same = {f'previous_image_id_{v}_2': rows[f'previous_image_id_{v}_1'] for v in ('cc', 'mlo')}
+    rows = rows.assign(**same, previous_exam_id_2=rows.previous_exam_id_1, time_gap_2=rows.time_gap_1)
+    if not with_dates:
+        three_exams = TinyPrepared(three_exams.cohort.images.assign(exam_date=pd.NaT))
+    with pytest.raises(InputError, match='previous_image_id_mlo_2: found'):
+        RiskDataset(three_exams, rows, priors=2)
+
+
 @pytest.mark.parametrize('kind, column', [(RISK, 'time_gap_1'), (PAIRS, 'time_gap')])
 def test_a_gap_that_contradicts_the_dates(prepared, kind, column):
     rows = table(prepared, kind)

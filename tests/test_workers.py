@@ -46,10 +46,10 @@ def test_commands_refuse_the_number_before_any_work(workers, folder, tmp_path, c
         assert call() == 2, name
         message = capsys.readouterr().err
         assert name in message and 'workers' in message and repr(workers) in message, message
-    assert not list(tmp_path.rglob('*.*')), 'something was begun'
+    assert not list(tmp_path.rglob('*')), 'something was begun'
 
 
-@pytest.mark.parametrize('workers', [*WRONG, 1.5, 'two'])
+@pytest.mark.parametrize('workers', [*WRONG, 1.5, 'two', True])
 def test_the_library_refuses_the_number(workers, folder, tmp_path):
     from mammo_nb.cohort.cohort import Cohort
     with pytest.raises(InputError, match='workers'):

@@ -330,10 +330,82 @@ def test_files_of_nobody_are_patients_of_their_folders_by_tags(tmp_path):
     assert dicom_folder(tmp_path, 'folder', on_identity_mismatch='tags')[0].patients == ['a', 'b']
 
 
+JANE = dict(PatientName='Doe^Jane', PatientBirthDate='19600102')
+MARY = dict(PatientName='Roe^Mary', PatientBirthDate='19610102')
+
+
+@pytest.mark.parametrize('number', ['1', 'TEST', 'DEMO', '-', '?', '000', '', 'ANON', 'anon-anon'])
+def test_two_women_with_one_dummy_number_are_refused(tmp_path, number):
+    put(tmp_path/'a/1.dcm', PatientID=number, **JANE)
+    put(tmp_path/'a/2.dcm', PatientID=number, view='MLO', **MARY)
+    message = refused(tmp_path)
+    assert 'a/1.dcm, a/2.dcm' in message
+    if number in ('1', 'TEST', 'DEMO'):  # a number that tells nobody apart is not to be believed either
+        for options in (dict(group='folder', on_identity_mismatch='tags'), dict(group='tags')):
+            with pytest.raises(InputError, match='one number for 2 names or birth dates: a/1.dcm, a/2.dcm'):
+                dicom_folder(tmp_path, **options)
+        assert len(dicom_folder(tmp_path, on_identity_mismatch='tags')[0].patients) == 1
+    else:
+        assert len(dicom_folder(tmp_path, 'folder', on_identity_mismatch='tags')[0].patients) == 2
+    assert len(dicom_folder(tmp_path, 'folder', on_identity_mismatch='folder')[0].patients) == 1
+
+
+def test_a_number_that_is_missing_in_one_folder_is_that_of_the_same_person(tmp_path):
+    put(tmp_path/'a/1.dcm', **JANE)
+    put(tmp_path/'b/1.dcm', PatientID='', view='MLO', **JANE)
+    assert 'one patient in 2 folders: a, b,' in refused(tmp_path)
+    images = dicom_folder(tmp_path, 'folder', on_identity_mismatch='tags', pseudonyms=False)[0].images
+    assert images.patient_id.tolist() == ['MRN 4711', 'MRN 4711']
+    assert images.exam_id.nunique() == 2
+
+
+def test_one_person_with_two_numbers_is_refused(tmp_path):
+    put(tmp_path/'a/1.dcm', **JANE)
+    put(tmp_path/'b/1.dcm', 'MRN 4712', view='MLO', **JANE)
+    assert '2 numbers for one name and birth date: a/1.dcm, b/1.dcm' in refused(tmp_path)
+    with pytest.raises(InputError, match='2 numbers for one name and birth date'):
+        dicom_folder(tmp_path)
+    assert len(dicom_folder(tmp_path, on_identity_mismatch='tags')[0].patients) == 2
+
+
+@pytest.mark.parametrize('group', ['tags', 'folder'])
+def test_a_new_name_with_number_and_birth_date_is_the_same_woman(tmp_path, group):
+    put(tmp_path/'a/1.dcm', **JANE)
+    put(tmp_path/'a/2.dcm', view='MLO', **JANE | dict(PatientName='Jones^Jane'))
+    assert len(dicom_folder(tmp_path, group)[0].patients) == 1
+    put(tmp_path/'a/3.dcm', side='R', **JANE | dict(PatientName='Jones^Jane', PatientBirthDate='19500101'))
+    with pytest.raises(InputError, match='one number for 3 names or birth dates'):
+        dicom_folder(tmp_path, group)
+
+
+def test_names_without_a_birth_date_do_not_join_two_numbers(tmp_path):
+    put(tmp_path/'a/1.dcm', PatientName='Doe^Jane')
+    put(tmp_path/'b/1.dcm', 'MRN 4712', PatientName='Doe^Jane')
+    for group in ('tags', 'folder'):
+        assert len(dicom_folder(tmp_path, group)[0].patients) == 2
+
+
+@pytest.mark.parametrize('name', ['ANONYMOUS', 'Anonymous^Anonymous', 'unknown', '^^^^', '?', 'REMOVED^'])
+def test_names_of_nobody_join_no_folders(tmp_path, name):
+    put(tmp_path/'a/1.dcm', PatientID='', PatientName=name)
+    put(tmp_path/'b/1.dcm', PatientID='', PatientName=name)
+    for rule in ('raise', 'tags', 'folder'):
+        assert dicom_folder(tmp_path, 'folder', on_identity_mismatch=rule)[0].patients == ['a', 'b']
+
+
+@pytest.mark.parametrize('name', ['DOE^JANE', 'Doe^Jane^^', 'doe^jane^^^^', ' Doe ^ Jane'])
+def test_a_name_is_one_in_every_spelling(tmp_path, name):
+    put(tmp_path/'a/1.dcm', PatientID='', **JANE)
+    put(tmp_path/'b/1.dcm', PatientID='', **JANE | dict(PatientName=name))
+    assert 'one patient in 2 folders: a, b,' in refused(tmp_path)
+    assert len(dicom_folder(tmp_path, 'folder', on_identity_mismatch='tags')[0].patients) == 1
+
+
 # ---- ids that differ only by case, leading zeros, blanks or form
 
 SIMILAR = [('P17', 'p17'), ('P17', 'P017'), ('17', '0017'), ('P17', 'P 17'), ('P17', 'P\u200b17'), ('P17', 'P\u00a017'), ('P17', 'P\ufeff17'),
-           ('Jos\u00e9', 'Jose\u0301'), ('P17', '\uff30\uff11\uff17'), ('Stra\u00dfe', 'STRASSE'), ('P1-7', 'P01-07'), ('P\u00ad17', 'P17')]
+           ('Jos\u00e9', 'Jose\u0301'), ('P17', '\uff30\uff11\uff17'), ('Stra\u00dfe', 'STRASSE'), ('P1-7', 'P01-07'), ('P\u00ad17', 'P17'),
+           *[('P17', f'P{c}17') for c in '\ufe0f\u034f\u180b\u3164\u115f\u2800\U000e0101'], *[('P1-7', f'P1{c}7') for c in '\u2010\u2011\u2013\u2212\ufe63\uff0d']]
 DIFFERENT = [('P17', 'P170'), ('P17', 'P1-7'), ('P1.7', 'P17'), ('P10', 'P1'), ('0', 'P0'), ('Jos\u00e9', 'Jose'), ('a_b', 'a-b'), ('P', 'P0')]
 
 

@@ -101,14 +101,14 @@ def predict_folder(
     workers:int|None=None, # processes; `None`: one per core
     quiet:bool=True, # no progress bars
     raw:bool=False, # without a cohort: take raw images where a view has no other
-    on_identity_mismatch:str='raise', # folders against tags, see `dicom_folder`
+    on_identity_mismatch:str='raise', # folders, numbers, names: see `dicom_folder`
     on_size_mismatch:str='raise' # tables of another resolution than the files: or `scale`
 )->tuple: # `(table, number of images, number of files left out)`
     "Predict a folder of mammograms and write the results to files"
     check_in(format, ('csv', 'parquet'), '--format', 'format')
     workers = count_workers(workers, 'mammo_predict')
     results = ResultFolder(out, 'mammo_predict', replace_all=True)
-    results.check(RESULTS)
+    results.check([*RESULTS, 'overlays/any', f'{IMAGES}/any'])
     net = load_model(model)
     config = training_preparation(net)
     cohort, excluded = read_folder(folder, group, raw, on_identity_mismatch)
@@ -134,7 +134,7 @@ def mammo_predict(
     format:str='csv', # of the table: csv or parquet
     overlays:bool_arg=True, # write an image for each breast, where the system has overlays
     group:str='tags', # without a cohort: exams by their tags, or each folder is one
-    on_identity_mismatch:str='raise', # --group folder, and tags disagree: raise, folder or tags
+    on_identity_mismatch:str='raise', # folders, numbers, names of patients: raise, folder or tags
     on_size_mismatch:str='raise', # tables of another resolution than the files: raise, or scale
     raw:bool=False, # without a cohort: take raw images where a view has no other
     workers:int=None, # processes, default: one per core

@@ -29,7 +29,7 @@ def mammo_prepare(
     crop:bool_arg=True, # cut to the breast
     on_laterality_mismatch:str='follow', # chest wall at the wrong side: follow the pixels, or raise
     group:str='tags', # without a cohort: patient and exam by their tags, or each folder is an exam
-    on_identity_mismatch:str='raise', # --group folder, and tags disagree: raise, folder or tags
+    on_identity_mismatch:str='raise', # folders, numbers, names of patients: raise, folder or tags
     on_size_mismatch:str='raise', # tables of another resolution than the files: raise, or scale
     raw:bool=False, # without a cohort: take raw images where a view has no other
     workers:int=None, # processes, default: one per core

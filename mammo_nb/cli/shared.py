@@ -7,7 +7,7 @@ __all__ = ['EXCLUDED_COLUMNS', 'is_cohort', 'check_paths', 'read_folder', 'parse
            'list_excluded', 'list_notes', 'require_images']
 
 # %% ../../nbs/cli/01_shared.ipynb #b6f40dfb
-import ast, sys
+import ast, re, sys
 from pathlib import Path
 import pandas as pd
 from ..cohort.cohort import Cohort
@@ -49,13 +49,15 @@ def read_folder(
     return Cohort.read(folder), nothing
 
 # %% ../../nbs/cli/01_shared.ipynb #34250149
+_DIGITS = re.compile('[0-9]{1,9}')
+
 def parse_size(
     text:str # `384x288` or `384`
 )->tuple: # `(rows, columns)`
     "Read a size from its usual spelling"
     parts = str(text).lower().replace('×', 'x').split('x')
     numbers = [part.strip() for part in parts]
-    if len(numbers) > 2 or not all(number.isdigit() for number in numbers):
+    if len(numbers) > 2 or not all(map(_DIGITS.fullmatch, numbers)):
         expected = 'ROWSxCOLUMNS, like 384x288'
         raise InputError('--size', 'size', repr(text), expected)
     rows, columns = int(numbers[0]), int(numbers[-1])

@@ -14,6 +14,10 @@ import pandas as pd
 _LEADING_ZEROS = re.compile('(?<![0-9])0+(?=[0-9])')
 _BLANKS = re.compile('[\\x00-\\x09\\x0b-\\x20\\x7f]+') # ASCII, all but the end of a line
 _INVISIBLE = ('Cc', 'Cf', 'Zs', 'Zl', 'Zp') # control, format (without width), and blanks
+_IGNORABLE = re.compile( # Unicode's Default_Ignorable_Code_Point beyond these, and empty Braille
+    '[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\ufe00-\\ufe0f\\uffa0'
+    '\\U000e0000-\\U000e0fff]')
+_DASHES = re.compile('[\\u2010-\\u2015\\u2212\\u2043\\u02d7\\ufe58\\ufe63\\uff0d]') # drawn as `-`
 
 def _visible_letter(c):
     "A character, a digit in ASCII; nothing for blanks and invisible characters"
@@ -24,8 +28,8 @@ def _visible_letter(c):
 
 def _visible_letters(text):
     "A text in one normal form, without blanks and invisible characters"
-    text = unicodedata.normalize('NFKC', text.casefold())
-    text = ''.join(map(_visible_letter, text))
+    text = unicodedata.normalize('NFKC', _IGNORABLE.sub('', text).casefold())
+    text = ''.join(map(_visible_letter, _DASHES.sub('-', text)))
     return unicodedata.normalize('NFKC', text.casefold())
 
 def id_keys(

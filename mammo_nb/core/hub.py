@@ -176,8 +176,10 @@ def _model_class(described, where):
     "The class that a description names"
     described = described if isinstance(described, dict) else dict(model=type(described).__name__)
     name = described.get('model')
-    if 'args' in described and name in MODELS: return MODELS[name]
-    raise InputError(where, 'model', name, f'one of {", ".join(sorted(MODELS))}')
+    known = isinstance(name, str) and name in MODELS
+    if known and 'args' in described: return MODELS[name]
+    expected = f'one of {", ".join(sorted(MODELS))}'
+    raise InputError(where, 'model', repr(name)[:40], expected)
 
 def _config_names(cls):
     "Names of the arguments that a configuration may hold"
@@ -400,7 +402,7 @@ def read_model_config(
         own = content.pop('mammo_nb')
         own['model'], own['weights_sha256']
         own['training'] = dict(own.get('training') or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         found = f'{type(e).__name__}: {str(e)[:200]}'
         expected = 'a file written by save_pretrained'
         raise InputError(path, 'configuration', found, expected) from e
@@ -409,6 +411,23 @@ def read_model_config(
         raise InputError(path, 'format', own.get('format'), expected)
     return content, own
 
+# %% ../../nbs/core/11_hub.ipynb #1dc04c65
+def _type_of_info(part):
+    "The type of the training information of a model, or the error of reading it"
+    try: info = part.training_info
+    except (ValueError, TypeError, RecursionError) as e: info = e
+    return type(info).__name__
+
+def _check_training_info(model, weights):
+    "Refuse training information, of a model or of one inside it, that is no dictionary"
+    for name, part in model.named_modules():
+        if not isinstance(part, HubModel): continue
+        found = _type_of_info(part)
+        if found == 'dict': continue
+        what = f'{name}.{TRAINING_BUFFER}'.strip('.')
+        expected = 'JSON of a dictionary, as bytes'
+        raise InputError(weights, what, found, expected)
+
 # %% ../../nbs/core/11_hub.ipynb #6ab82b80
 def _load_weights(model, weights, own):
     "The weights of a file, with what the configuration tells about them"
@@ -416,6 +435,7 @@ def _load_weights(model, weights, own):
     except (RuntimeError, SafetensorError) as e:
         expected = f'the weights of a {own["model"]} with these arguments'
         raise InputError(weights, 'weights', str(e)[:300], expected) from e
+    _check_training_info(model, weights)
     if own.get('training'): model.set_training_info(own['training'])
     if not own.get('channels_last'): return model
     return model.to(memory_format=torch.channels_last) # the same sums, to the last bit

@@ -44,35 +44,36 @@ def written(self:ResultFolder)->dict: # file -> list of checksums
     return _read_record(self.record)
 
 # %% ../../nbs/core/20_results.ipynb #9185e3c2
-_COMMANDS = '.mammo_*.json' # the records of all commands
-
-def _all_records(folder):
-    "File -> checksums, of all commands that wrote into a folder"
-    sums = {}
-    for path in sorted(folder.glob(_COMMANDS)):
-        for name, known in _read_record(path).items():
-            sums.setdefault(name, []).extend(known)
-    return sums
-
 def _is_foreign(path, sums):
     "Whether there is something else than a file with one of these checksums"
     if not os.path.lexists(path): return False
     if path.is_symlink() or not path.is_file(): return True
     return file_sha256(path) not in sums
 
+def _blocking_parents(folder, name):
+    "Folders of a name that are something else already"
+    blocking = []
+    for parent in list(Path(name).parents)[:-1]: # all but the folder itself
+        path = folder/parent
+        if os.path.lexists(path) and not path.is_dir(): blocking.append(parent.as_posix())
+    return blocking
+
 # %% ../../nbs/core/20_results.ipynb #fb6c42cf
 @patch
 def check(self:ResultFolder,
-    names=() # files that will be written, relative to the folder
+    names=() # files that will be written, relative to the folder; of a folder any name in it
 ): # raises `InputError` that names the files
     "Refuse to replace files that the command did not write, or that were changed"
-    sums = _all_records(self.folder)
-    names = {*names, *self.written()} if self.replace_all else set(names)
+    sums = self.written()
+    names = {*names, *sums} if self.replace_all else set(names)
     foreign = []
     for name in sorted(names):
         known = sums.get(name, ())
-        if _is_foreign(self.folder/name, known): foreign.append(name)
+        blocking = _blocking_parents(self.folder, name)
+        if blocking: foreign += blocking
+        elif _is_foreign(self.folder/name, known): foreign.append(name)
     if not foreign: return
+    foreign = list(dict.fromkeys(foreign))
     what = ', '.join(foreign[:5])
     if len(foreign) > 5: what += f' and {len(foreign)-5} more'
     found = f'files that {self.command} did not write, or that were changed since'

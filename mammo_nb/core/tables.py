@@ -43,12 +43,14 @@ def _change_cells(table, change):
     table.columns = [change(name) for name in table.columns]
     return table
 
+_SEPARATOR = re.compile('[;\t\r]') # of cells in other countries, and of lines
+
 def _quoting(table):
-    "All texts are quoted where one has a carriage return, which pandas leaves bare"
+    "All texts are quoted where one has what ends a cell for another program than pandas"
     for i, dtype in enumerate(table.dtypes):
         if dtype.kind != 'O': continue
-        if any(isinstance(value, str) and '\r' in value for value in table.iloc[:, i]):
-            return csv.QUOTE_NONNUMERIC
+        texts = (value for value in table.iloc[:, i] if isinstance(value, str))
+        if any(map(_SEPARATOR.search, texts)): return csv.QUOTE_NONNUMERIC
     return csv.QUOTE_MINIMAL
 
 def write_csv(

@@ -9,7 +9,7 @@ __all__ = ['count_workers', 'in_workers']
 import os, threading, time
 from collections.abc import Callable, Iterable, Iterator
 import psutil
-from .errors import check_range
+from .errors import InputError, check_range
 from .monitor import usable_cores
 
 # %% ../../nbs/core/17_workers.ipynb #ad231584
@@ -21,6 +21,7 @@ def count_workers(
 )->int: # `least` or more
     "Count the worker processes; raises `InputError` for more than 16 and more than four per core"
     if workers is None: return usable_cores()
+    if isinstance(workers, bool): raise InputError(where, what, workers, 'a number of processes')
     most = max(16, 4*usable_cores())
     return int(check_range(workers, least, most, where, what, whole=True))
 

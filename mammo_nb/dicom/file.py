@@ -16,6 +16,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset, read_sequence
 from pydicom.sequence import Sequence
+from pydicom.valuerep import PersonName
 from ..core.errors import InputError
 from .quote import quote_number, quote_uid
 
@@ -83,7 +84,7 @@ def _cast_value(ds, keyword, cast):
     "The value as pydicom reads it; several values are a tuple, absent and empty are `None`"
     _check_raw(ds, keyword)
     value = ds.get(keyword)
-    if not isinstance(value, (str, bytes, Sequence)) and hasattr(value, '__len__'):
+    if not isinstance(value, (str, bytes, Sequence, PersonName)) and hasattr(value, '__len__'):
         value = tuple(value)
     if value is None or (hasattr(value, '__len__') and len(value) == 0):
         return None

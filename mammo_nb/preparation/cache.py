@@ -52,8 +52,9 @@ def _read_grey_file(path):
             mode, pixels = image.mode, _grey_values(image, path)
     except (FileNotFoundError, InputError):
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(path, 'image', str(e), 'a readable PNG, PGM or TIFF') from e
+    except Exception as e: # Pillow raises many kinds for damaged files
+        found = f'{type(e).__name__}: {str(e)[:200]}'
+        raise InputError(path, 'image', found, 'a readable PNG, PGM or TIFF') from e
     if mode == 'I' and pixels.min() >= 0 and pixels.max() < 65536:
         pixels = pixels.astype(np.uint16)
     if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16):
@@ -131,7 +132,7 @@ def unpack_entry(
 
 # %% ../../nbs/preparation/20_cache.ipynb #d0479b54
 _LIBRARIES = ('numpy', 'scipy', 'pydicom', 'pylibjpeg', 'pylibjpeg-libjpeg', 'pylibjpeg-openjpeg', 'pylibjpeg-rle',
-              'pyjpegls', 'pillow', 'python-gdcm')
+              'pyjpegls', 'pillow', 'python-gdcm', 'scikit-image')
 _ROOTS = ('preparation.cache', 'preparation.prepare', 'dicom.mammogram')
 
 def _installed_version(name):

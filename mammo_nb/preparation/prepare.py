@@ -27,7 +27,7 @@ def _check_size(size):
     "`(rows, columns)` as two whole numbers"
     try:
         sides = tuple(int(s) for s in ((size, size) if isinstance(size, int) else size))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError): # `int` of infinity overflows
         sides = ()
     if len(sides) != 2 or min(sides) < 8 or max(sides) > MAX_SIDE:
         expected = f'(rows, columns), both from 8 to {MAX_SIDE}'
@@ -51,6 +51,10 @@ class PrepareConfig:
         choices = dict(intensity=('voi_lut', 'minmax'), on_laterality_mismatch=('follow', 'raise'))
         for name, allowed in choices.items():
             check_in(getattr(self, name), allowed, 'PrepareConfig', name)
+        for name in ('crop', 'enlarge'):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InputError('PrepareConfig', name, repr(value), 'True or False')
         check_range(self.margin, 0, .5, 'PrepareConfig', 'margin')
         if self.spacing_mm is not None:
             check_range(self.spacing_mm, 1e-3, 100, 'PrepareConfig', 'spacing_mm')
@@ -278,6 +282,9 @@ def _plan(source, laterality, config, where):
     "The plan for a source"
     stored_shape = source.pixels.shape
     coarse, k = coarse_image(source.pixels)
+    if min(coarse.shape) < 4:
+        expected = 'rows and columns of a mammogram, neither a hundred times the other'
+        raise InputError(where, 'pixels', f'an image of shape {stored_shape}', expected)
     grey = source.bright(coarse)
     mask = breast_mask(grey, where) if source.digital else film_mask(grey, where)
     border = 0, 0, 0, 0
@@ -316,10 +323,10 @@ def _to_grey(source, part, rows, cols, factor):
     "Grey levels of a part of the image, resampled; averaged first where that gives the same"
     linear = _is_linear(source, source.ends) or _is_linear(source, (part.min(), part.max()))
     if linear:
-        stored = resample(part, rows, cols, factor)
-        return source.unit(stored)
-    grey = source.unit(part)
-    return np.clip(resample(grey, rows, cols, factor), 0, 1)
+        grey = source.unit(resample(part, rows, cols, factor))
+    else:
+        grey = resample(source.unit(part), rows, cols, factor)
+    return np.clip(grey, 0, 1) # sums of weights are 1 to the last digit but one
 
 def _fine_mask(p, rows, cols, stored_shape):
     "The coarse mask at the centres `rows`, `cols` (stored pixels), smooth, without the film border"

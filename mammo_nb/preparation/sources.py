@@ -25,8 +25,12 @@ _GREY_FILES = ('.png', '.pgm', '.tif', '.tiff')
 def _grey_size(path):
     "(rows, cols) of a PNG, PGM or TIFF file"
     from PIL import Image
-    with Image.open(path) as image:
-        return image.height, image.width
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as e: # Pillow raises many kinds for damaged files
+        expected = 'a readable PNG, PGM or TIFF'
+        raise InputError(path, 'image', type(e).__name__, expected) from e
 
 def _dicom_size(path):
     "(rows, cols) of a DICOM file"
@@ -37,11 +41,10 @@ def image_size(
     path:str|Path # DICOM, or PNG, PGM, TIFF
 )->tuple|None: # (rows, cols) of the stored image; `None` for a file that cannot be read
     "Read the size of an image from its header"
-    from PIL import Image
     read = _grey_size if Path(path).suffix.lower() in _GREY_FILES else _dicom_size
     try:
         return read(path)
-    except (InputError, OSError, SyntaxError, Image.DecompressionBombError):
+    except (InputError, OSError):
         return None
 
 # %% ../../nbs/preparation/22_sources.ipynb #9bf67332

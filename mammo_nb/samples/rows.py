@@ -167,24 +167,42 @@ def _check_gap(check, c, date):
     check.add(differs, c.gap, check.rows[c.gap], expected)
     seen |= differs
 
+
+# %% ../../nbs/samples/04_rows.ipynb #778a4ef4
+def _exam_of(check, columns, newer):
+    "(date, exam id) of the exam of some columns, or where no image tells, of the newer exam"
+    date = pd.Series(pd.NaT, check.rows.index, dtype='datetime64[us]')
+    for c in columns:
+        known = check.facts[c.name].exam_date
+        date = date.fillna(known.mask(check.wrong[c.name]))
+    named = columns[0].exam if columns else None
+    exam = check.claim('exam_id', columns, named)
+    if newer is None: return date, exam
+    return date.fillna(newer[0]), exam.fillna(newer[1])
+
+def _check_prior(check, c, newer):
+    "A prior is earlier than the (date, exam id) of the exam after it"
+    date, exam = newer
+    facts = check.facts[c.name]
+    late = (facts.exam_date >= date) | (facts.exam_id == exam)
+    late &= ~check.wrong[c.name]
+    if not late.any(): return
+    found = check.rows[c.name].map(repr) + ' of ' + facts.exam_date.dt.date.astype(str)
+    expected = 'an image of an exam before ' + date.dt.date.astype(str)
+    check.add(late, c.name, found, expected)
+    check.wrong[c.name] |= late
+
 @patch
 def check_priors(self:RowCheck):
-    "Refuse priors that are not earlier than the current exam, and gaps that contradict the dates"
+    "Refuse priors that are not earlier than the exam after them, and gaps against the dates"
     current = [c for c in self.columns if c.exam and not c.prior]
-    date = pd.Series(pd.NaT, self.rows.index, dtype='datetime64[us]')
-    for c in current: date = date.fillna(self.facts[c.name].exam_date)
-    exam = self.claim('exam_id', current)
-    for c in self.columns:
-        if not c.prior: continue
-        facts = self.facts[c.name]
-        late = (facts.exam_date >= date) | (facts.exam_id == exam)
-        late &= ~self.wrong[c.name]
-        if late.any():
-            found = self.rows[c.name].map(repr) + ' of ' + facts.exam_date.dt.date.astype(str)
-            expected = 'an image of an exam before ' + date.dt.date.astype(str)
-            self.add(late, c.name, found, expected)
-            self.wrong[c.name] |= late
-        if c.gap in self.rows: _check_gap(self, c, date)
+    newer = last = _exam_of(self, current, None)
+    for k in sorted({c.prior for c in self.columns} - {0}):
+        columns = [c for c in self.columns if c.prior == k]
+        for c in columns:
+            _check_prior(self, c, newer)
+            if c.gap in self.rows: _check_gap(self, c, last[0])
+        newer = _exam_of(self, columns, newer)
 
 # %% ../../nbs/samples/04_rows.ipynb #1a735d9c
 @patch

@@ -132,24 +132,28 @@ _OF_AN_IMAGE = re.compile('[-_. ]+(left|right|l|r)[-_. ]+(cc|mlo)([-_. ]*[0-9]+)
 def _patient_number(number):
     "An ID or name without side and view at its end; empty if it names nobody"
     number = _OF_AN_IMAGE.sub('', number)
-    return '' if _NOBODY.fullmatch(number) else number
+    words = re.findall(r'[^\W_]+', number) # `-` and `?` are no words
+    nobody = all(map(_NOBODY.fullmatch, words)) or _NOBODY.fullmatch(number)
+    return '' if nobody else number
 
 def _hash_person(path):
-    "A hash of name and birth date; empty where the name is empty or names nobody"
+    "Hashes of name with birth date, and of the birth date; empty where they name nobody"
     ds, elements = open_dicom(path).ds, ('PatientName', 'PatientBirthDate')
     try:
-        name, born = (str(read_value(ds, k, path) or '') for k in elements)
+        name, born = (read_value(ds, k, path, str) or '' for k in elements)
     except DicomError: # an element that cannot be read tells nothing; it is never quoted
-        return ''
+        return dict(Person='', Birth='')
     name = _patient_number(name.replace('^', ' ').strip())
-    return pseudonym(f'{id_key(name)} {born.strip()}') if name else ''
+    born = _patient_number(born.strip())
+    return dict(
+        Person=pseudonym(f'{id_key(name)} {born}') if name else '',
+        Birth=pseudonym(born) if born else '')
 
 def _identity(header, path, group):
-    "The elements that identify a patient; of folders a number without side and view, or a hash"
-    identity = {k: str(v).strip() for k, v in header.identity.items()}
+    "The elements that identify a patient; of folders the number without side and view"
+    identity = {k: str(v).strip() for k, v in header.identity.items()} | _hash_person(path)
     if group == 'folder':
-        number = _patient_number(identity.get('PatientID', ''))
-        identity['PatientID'] = number or _hash_person(path)
+        identity['PatientID'] = _patient_number(identity.get('PatientID', ''))
     return identity
 
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #c2039065
@@ -221,16 +225,29 @@ def _without_raw_copies(rows):
     return kept, left_out
 
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #af3a5289
+def _other_number(t):
+    "Where a number is missing: that of the same person in other files, else the person's hash"
+    both = t[(t.number != '') & (t.person != '')]
+    keys = both.number.map(id_key)
+    n_numbers = keys.groupby(both.person).nunique()
+    known = both.groupby('person').number.first()
+    known = known[n_numbers == 1]
+    numbers = t.person.map(lambda person: known.get(person, person))
+    return t.number.where(t.number != '', numbers)
+
 def identity_table(
     rows:list, # of dicts with `path`, `exam_id` and `exam_date`
     identities:dict # path -> elements of the header that identify a patient
-)->pd.DataFrame: # path, folder, day, number; patient: equal for one, empty if unknown
+)->pd.DataFrame: # path, folder, day, number, person, birth; patient: one key, empty if unknown
     "List what the headers say about the patient of each file"
     columns = ['path', 'exam_id', 'exam_date']
     t = pd.DataFrame(rows, columns=columns).set_axis(['path', 'folder', 'day'], axis=1)
-    number = t.path.map(lambda path: identities.get(path, {}).get('PatientID', ''))
-    patient = number.map(id_key)
-    return t.assign(number=number, patient=patient, day=pd.to_datetime(t.day))
+    known = t.path.map(lambda path: identities.get(path, {}))
+    t['number'] = known.map(lambda elements: elements.get('PatientID', ''))
+    t['person'] = known.map(lambda elements: elements.get('Person', ''))
+    t['birth'] = known.map(lambda elements: elements.get('Birth', ''))
+    t['number'] = _other_number(t)
+    return t.assign(patient=t.number.map(id_key), day=pd.to_datetime(t.day))
 
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #b4ef7b78
 _BELIEVE = "on_identity_mismatch='folder' or 'tags' tells which to believe"
@@ -257,7 +274,7 @@ def identity_faults(
             found = f'one patient in {len(folders)} folders: {_listed(folders)}'
             expected = f'a folder for each patient; {_BELIEVE}'
             faults.append(('PatientID', folders[0], found, expected))
-    return [_identity_fault(*fault) for fault in faults] + _day_faults(t)
+    return [_identity_fault(*fault) for fault in faults] + _person_faults(t) + _day_faults(t)
 
 def _identity_fault(tag, folder, found, expected):
     fault = table_fault(f'folder {folder}', (tag,), found, expected)
@@ -274,6 +291,33 @@ def _day_faults(t, by=('folder',)):
             found = f'days apart in one folder: {group.path[first]} and {group.path[last]}'
             expected = "one exam in a folder; group='tags', or on_identity_mismatch='folder'"
             faults.append(_identity_fault('StudyDate', folder, found, expected))
+    return faults
+
+# %% ../../../nbs/cohort/datasets/05_folder.ipynb #824e5b17
+def _several(known, by, what):
+    "(group, its files, how many values) of each group with several values of a column"
+    for _, group in known.groupby(by, sort=False):
+        n = group[what].nunique()
+        if n > 1:
+            first = group.drop_duplicates(what)
+            yield group, _listed(first.path), n
+
+def _person_faults(t, believe='folder'):
+    "A fault for each number of several persons, and for each person of several numbers"
+    known = t[(t.patient != '') & (t.person != '')]
+    found = []
+    for group, files, n in _several(known, 'patient', 'person'):
+        renamed = group.birth.nunique() == 1 and group.birth.iloc[0]
+        if not renamed:
+            found.append((group, f'one number for {n} names or birth dates: {files}'))
+    dated = known[known.birth != '']
+    for group, files, n in _several(dated, 'person', 'patient'):
+        found.append((group, f'{n} numbers for one name and birth date: {files}'))
+    expected = f"a number for each patient; or on_identity_mismatch='{believe}'"
+    faults = []
+    for group, text in found:
+        folder = group.folder.iloc[0]
+        faults.append(_identity_fault('PatientID', folder, text, expected))
     return faults
 
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #dc5cc68b
@@ -297,7 +341,7 @@ def _apply_identity(rows, identities, folder, rule, pseudonyms):
     if rule == 'raise':
         raise_faults(identity_faults(t))
         return rows
-    raise_faults(_day_faults(t, by=('folder', 'patient')))
+    raise_faults(_person_faults(t) + _day_faults(t, by=('folder', 'patient')))
     patients, folders = _patients_by_tags(t, folder, pseudonyms)
     named = []
     for row, patient, name in zip(rows, patients, folders):
@@ -360,7 +404,7 @@ def dicom_folder(
     pseudonyms=True, # `True`, `False`, or a function or dict PatientID -> patient_id, see above
     provenance:str='folder', # name of the data set in the table
     raw:bool=False, # take raw images (`FOR PROCESSING`) too, where a view of an exam has no other
-    on_identity_mismatch:str='raise', # folders against tags: or believe `folder`, or `tags`
+    on_identity_mismatch:str='raise', # folders, numbers, names: or believe `folder`, or `tags`
     on_similar_ids:str='raise' # numbers that differ only by case, blanks, leading zeros: or `allow`
 )->tuple: # `(Cohort, left out)`; the second a DataFrame: `path, what, found, expected`
     "Make a cohort from the headers of the DICOM files in a folder"
@@ -373,6 +417,9 @@ def dicom_folder(
     rows, odd = _fitting(rows)
     if group == 'folder':
         rows = _apply_identity(rows, identities, folder, on_identity_mismatch, pseudonyms)
+    elif on_identity_mismatch == 'raise':
+        t = identity_table(rows, identities).assign(folder='.')
+        raise_faults(_person_faults(t, 'tags'))
     if on_similar_ids == 'raise' and 'tags' in (group, on_identity_mismatch):
         _check_spelling(rows, identities)
     rows, raw_copies = _without_raw_copies(rows)
