@@ -110,9 +110,10 @@ def _save_model(learn, prepared, split, results):
 # %% ../../nbs/cli/10_train.ipynb #e90b64f2
 def _print_epoch(learn, values):
     "One line with the losses and metrics of an epoch"
-    texts = [f'{v:.3f}' if isinstance(v, float) else str(v) for v in values]
     names = learn.recorder.metric_names
-    print(', '.join(map(' '.join, zip(names, texts))), flush=True)
+    values = [f'{v:.3f}' if isinstance(v, float) else v for v in values]
+    texts = [f'{name} {value}' for name, value in zip(names, values)]
+    print(', '.join(texts), flush=True)
 
 @contextmanager
 def _one_line_an_epoch(learn):
