@@ -399,6 +399,16 @@ def n_breasts(cohort, split):
     return len(images[['exam_id', 'laterality']].drop_duplicates())
 
 
+def test_a_quiet_training_prints_a_line_an_epoch(train):
+    "fastai printed a list of numbers without names"
+    status, out, _, _ = train(epochs=2)
+    lines = out.splitlines()
+    epochs = [line for line in lines if re.match(r'epoch \d, ', line)]
+    assert status == 0 and not any(line.startswith('[') for line in lines), out
+    assert [line[:20] for line in epochs] == ['epoch 0, train_loss ', 'epoch 1, train_loss ']
+    assert all(re.search(r'valid_loss \d\.\d{3}, auc ', line) for line in epochs), epochs
+
+
 @pytest.mark.parametrize('data, split', [(None, 'valid'), ('valid=test', 'test'), ('train=valid valid=test', 'test')])
 def test_metrics_are_of_the_patients_that_were_validated_on(two_exams, train, data, split):
     "With other splits they were of training patients"

@@ -7,6 +7,7 @@ __all__ = ['MODEL_FILES', 'training_history', 'name_options', 'train_system', 'm
 
 # %% ../../nbs/cli/10_train.ipynb #8007575d
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 import pandas as pd
 import mammo_nb.core.fastai_import
@@ -106,6 +107,22 @@ def _save_model(learn, prepared, split, results):
         learn.model.save_pretrained(new, metrics=metrics)
     return metrics
 
+# %% ../../nbs/cli/10_train.ipynb #e90b64f2
+def _print_epoch(learn, values):
+    "One line with the losses and metrics of an epoch"
+    names = learn.recorder.metric_names
+    values = [f'{v:.3f}' if isinstance(v, float) else v for v in values]
+    texts = [f'{name} {value}' for name, value in zip(names, values)]
+    print(', '.join(texts), flush=True)
+
+@contextmanager
+def _one_line_an_epoch(learn):
+    "No progress bar, and lines of text instead of the lists that fastai prints"
+    before, learn.logger = learn.logger, partial(_print_epoch, learn)
+    try:
+        with learn.no_bar(): yield
+    finally: learn.logger = before
+
 # %% ../../nbs/cli/10_train.ipynb #394af536
 def train_system(
     system:str, # name of a registered system
@@ -135,7 +152,7 @@ def train_system(
     prepared = _prepare_images(folder, results, config, cache, workers, quiet, on_size_mismatch)
     learn = _make_learner(system, prepared, out/'run', seed, *options)
     rate = () if lr is None else (lr,)
-    with learn.no_bar() if quiet else nullcontext():
+    with _one_line_an_epoch(learn) if quiet else nullcontext():
         learn.fit_one_cycle(epochs, *rate)
     split = options[0].get('valid', 'valid')
     return learn, _save_model(learn, prepared, split, results)
