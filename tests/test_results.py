@@ -166,6 +166,18 @@ def test_a_file_in_place_of_a_folder_keeps_the_earlier_results(tmp_path):
     assert shown(tmp_path) == before
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='links need rights')
+def test_a_link_in_place_of_a_folder_keeps_the_earlier_results(tmp_path):
+    write_set(tmp_path/'o', 'a')
+    (tmp_path/'elsewhere').mkdir()
+    (tmp_path/'o/deep').symlink_to(tmp_path/'elsewhere')
+    before = shown(tmp_path/'o')
+    with pytest.raises(InputError, match='deep: found files'), results(tmp_path/'o', replace_all=True).new(['0.csv']) as new:
+        (new/'deep').mkdir()
+        (new/'deep/1.csv').write_text('b')
+    assert shown(tmp_path/'o') == before and not list((tmp_path/'elsewhere').iterdir())
+
+
 def test_evaluate_replaces_no_predictions(cohort, model, tmp_path, capsys):
     "The record of mammo_predict was taken for a leave to replace its table"
     few(cohort, tmp_path/'few', range(12))
@@ -264,7 +276,7 @@ def test_a_record_of_a_stranger_removes_nothing_outside_the_folder(tmp_path, nam
     assert victim.read_text() == 'x'
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{"a": 1}', 'null', '{"a": "b"}'])
+@pytest.mark.parametrize('text', ['', '[]', '{"a": 1}', 'null', '{"a": "b"}', '['*200_000])
 def test_a_damaged_record_is_refused(tmp_path, text):
     (tmp_path/'.mammo_predict.json').write_text(text)
     with pytest.raises(ValueError, match='record as it was written'): results(tmp_path).check(['a'])

@@ -198,6 +198,27 @@ def test_one_exam_as_two_priors(three_exams, with_dates):
         RiskDataset(three_exams, rows, priors=2)
 
 
+@pytest.mark.parametrize('with_ids', [True, False])
+def test_the_current_exam_as_the_second_prior_without_dates(three_exams, with_ids):
+    rows = two_priors(three_exams)
+    undated = TinyPrepared(three_exams.cohort.images.assign(exam_date=pd.NaT))
+    current = {f'previous_image_id_{v}_2': rows[f'image_id_{v}'] for v in ('cc', 'mlo')}
+    wrong = rows.assign(**current, previous_exam_id_2=rows.exam_id)
+    if not with_ids: wrong = wrong.drop(columns=['previous_exam_id_1', 'previous_exam_id_2'])
+    with pytest.raises(InputError, match='previous_image_id_cc_2: found'):
+        RiskDataset(undated, wrong, priors=2)
+
+
+def test_two_priors_of_one_day_are_accepted(three_exams):
+    "A second study of the same day is ordinary"
+    images = three_exams.cohort.images
+    first = images.exam_id.str.endswith('a')
+    same_day = images.exam_date.mask(first, pd.Timestamp('2018-06-01'))
+    prepared = TinyPrepared(images.assign(exam_date=same_day))
+    rows = breast_history(prepared.cohort, priors=2)
+    assert len(RiskDataset(prepared, rows, priors=2)) == len(rows)
+
+
 @pytest.mark.parametrize('kind, column', [(RISK, 'time_gap_1'), (PAIRS, 'time_gap')])
 def test_a_gap_that_contradicts_the_dates(prepared, kind, column):
     rows = table(prepared, kind)

@@ -374,8 +374,47 @@ def test_a_new_name_with_number_and_birth_date_is_the_same_woman(tmp_path, group
     put(tmp_path/'a/2.dcm', view='MLO', **JANE | dict(PatientName='Jones^Jane'))
     assert len(dicom_folder(tmp_path, group)[0].patients) == 1
     put(tmp_path/'a/3.dcm', side='R', **JANE | dict(PatientName='Jones^Jane', PatientBirthDate='19500101'))
-    with pytest.raises(InputError, match='one number for 3 names or birth dates'):
+    with pytest.raises(InputError, match='one number for 2 names or birth dates'):
         dicom_folder(tmp_path, group)
+
+
+def test_a_dummy_number_with_a_dummy_birth_date_is_two_women(tmp_path):
+    for k, name in enumerate(('Doe^Jane', 'Roe^Mary')):
+        put(tmp_path/f'a/{k}.dcm', 'TEST', view=('CC', 'MLO')[k], PatientName=name, PatientBirthDate='19000101')
+    for group in ('tags', 'folder'):
+        with pytest.raises(InputError, match='one number for 2 names or birth dates: a/0.dcm, a/1.dcm'):
+            dicom_folder(tmp_path, group)
+
+
+@pytest.mark.parametrize('one, two', [
+    (JANE, dict(PatientName='Doe^Jane', PatientBirthDate='')), (dict(PatientName='DOE^JANE^M'), dict(PatientName='DOE^JANE')),
+    (dict(PatientName='DOE, JANE'), dict(PatientName='DOE^JANE')), (dict(PatientName='Exam 1'), dict(PatientName='Exam 2')),
+    (dict(PatientName='Yamada^Tarou'), dict(PatientName='Yamada^Tarou=X^Y')), (JANE, JANE | dict(PatientBirthDate='1960.01.02'))], ids=str)
+@pytest.mark.parametrize('group', ['tags', 'folder'])
+def test_ordinary_spellings_of_one_woman_are_accepted(tmp_path, group, one, two):
+    put(tmp_path/'a/1.dcm', **one)
+    put(tmp_path/'a/2.dcm', view='MLO', **two)
+    assert len(dicom_folder(tmp_path, group)[0].patients) == 1
+
+
+def test_an_anonymised_set_with_one_name_and_one_date(tmp_path):
+    for k in range(3):
+        put(tmp_path/f'{k}/1.dcm', f'P{k+1}', PatientName='PATIENT', PatientBirthDate='19000101')
+    for group in ('tags', 'folder'):
+        assert len(dicom_folder(tmp_path, group)[0].patients) == 3
+
+
+def test_a_missing_number_is_not_filled_by_a_name_alone(tmp_path):
+    put(tmp_path/'a/1.dcm', PatientName='Doe^Jane')
+    put(tmp_path/'b/1.dcm', PatientID='', PatientName='Doe^Jane')
+    assert len(dicom_folder(tmp_path, 'folder', on_identity_mismatch='tags')[0].patients) == 2
+
+
+def test_a_name_of_dashes_takes_no_time(tmp_path):
+    put(tmp_path/'a/1.dcm', PatientName='-'*16000 + 'l')
+    start = time.process_time()
+    dicom_folder(tmp_path)
+    assert time.process_time() - start < 1
 
 
 def test_names_without_a_birth_date_do_not_join_two_numbers(tmp_path):

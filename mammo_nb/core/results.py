@@ -32,7 +32,7 @@ def _read_record(path):
     "File -> list of checksums; empty without a record"
     try: record = json.loads(path.read_text())
     except FileNotFoundError: return {}
-    except ValueError: record = None
+    except (ValueError, RecursionError, OSError): record = None
     lists = record.values() if isinstance(record, dict) else [None]
     if all(isinstance(sums, list) for sums in lists): return record
     expected = 'a record as it was written; move the files beside it to another folder'
@@ -55,7 +55,8 @@ def _blocking_parents(folder, name):
     blocking = []
     for parent in list(Path(name).parents)[:-1]: # all but the folder itself
         path = folder/parent
-        if os.path.lexists(path) and not path.is_dir(): blocking.append(parent.as_posix())
+        in_the_way = path.is_symlink() or not path.is_dir() # a link leads elsewhere
+        if os.path.lexists(path) and in_the_way: blocking.append(parent.as_posix())
     return blocking
 
 # %% ../../nbs/core/20_results.ipynb #fb6c42cf

@@ -44,6 +44,11 @@ def _grey_values(image, path):
     return red
 
 # %% ../../nbs/preparation/20_cache.ipynb #be4bf4bc
+def _kind_of_damage(error):
+    "What is wrong with a file, without any of its bytes"
+    bomb = 'a size like that of a decompression bomb'
+    return bomb if 'decompression bomb' in str(error) else f'{type(error).__name__} of Pillow'
+
 def _read_grey_file(path):
     "[H,W] uint8 or uint16 of a PNG, PGM or TIFF file"
     from PIL import Image
@@ -53,8 +58,7 @@ def _read_grey_file(path):
     except (FileNotFoundError, InputError):
         raise
     except Exception as e: # Pillow raises many kinds for damaged files
-        found = f'{type(e).__name__}: {str(e)[:200]}'
-        raise InputError(path, 'image', found, 'a readable PNG, PGM or TIFF') from e
+        raise InputError(path, 'image', _kind_of_damage(e), 'a readable PNG, PGM or TIFF') from e
     if mode == 'I' and pixels.min() >= 0 and pixels.max() < 65536:
         pixels = pixels.astype(np.uint16)
     if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16):

@@ -169,40 +169,41 @@ def _check_gap(check, c, date):
 
 
 # %% ../../nbs/samples/04_rows.ipynb #778a4ef4
-def _exam_of(check, columns, newer):
-    "(date, exam id) of the exam of some columns, or where no image tells, of the newer exam"
+def _exam_of(check, columns):
+    "(date, exam id) of the exam of some columns, missing where no image tells"
     date = pd.Series(pd.NaT, check.rows.index, dtype='datetime64[us]')
     for c in columns:
         known = check.facts[c.name].exam_date
         date = date.fillna(known.mask(check.wrong[c.name]))
     named = columns[0].exam if columns else None
-    exam = check.claim('exam_id', columns, named)
-    if newer is None: return date, exam
-    return date.fillna(newer[0]), exam.fillna(newer[1])
+    return date, check.claim('exam_id', columns, named)
 
-def _check_prior(check, c, newer):
-    "A prior is earlier than the (date, exam id) of the exam after it"
-    date, exam = newer
-    facts = check.facts[c.name]
-    late = (facts.exam_date >= date) | (facts.exam_id == exam)
+def _check_prior(check, c, exams):
+    "A prior is earlier than the current exam, and neither later than newer priors nor one of them"
+    facts, late = check.facts[c.name], False
+    for k, (date, exam) in enumerate(exams):
+        after = facts.exam_date > date if k else facts.exam_date >= date
+        late |= after | (facts.exam_id == exam)
     late &= ~check.wrong[c.name]
     if not late.any(): return
+    dates = [date for date, _ in exams]
+    first = pd.concat(dates, axis=1).min(axis=1)
     found = check.rows[c.name].map(repr) + ' of ' + facts.exam_date.dt.date.astype(str)
-    expected = 'an image of an exam before ' + date.dt.date.astype(str)
+    expected = 'an image of an exam before ' + first.dt.date.astype(str)
     check.add(late, c.name, found, expected)
     check.wrong[c.name] |= late
 
 @patch
 def check_priors(self:RowCheck):
-    "Refuse priors that are not earlier than the exam after them, and gaps against the dates"
+    "Refuse priors that are out of order in time, and gaps against the dates"
     current = [c for c in self.columns if c.exam and not c.prior]
-    newer = last = _exam_of(self, current, None)
+    exams = [_exam_of(self, current)] # the current one, then each prior
     for k in sorted({c.prior for c in self.columns} - {0}):
         columns = [c for c in self.columns if c.prior == k]
         for c in columns:
-            _check_prior(self, c, newer)
-            if c.gap in self.rows: _check_gap(self, c, last[0])
-        newer = _exam_of(self, columns, newer)
+            _check_prior(self, c, exams)
+            if c.gap in self.rows: _check_gap(self, c, exams[0][0])
+        exams.append(_exam_of(self, columns))
 
 # %% ../../nbs/samples/04_rows.ipynb #1a735d9c
 @patch

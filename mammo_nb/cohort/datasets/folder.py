@@ -6,6 +6,7 @@
 __all__ = ['GROUPS', 'dicom_files', 'other_pictures', 'identity_table', 'identity_faults', 'dicom_folder']
 
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #c9b92689
+from itertools import combinations
 from operator import itemgetter
 from pathlib import Path
 import os
@@ -127,7 +128,10 @@ def _names(header, path, folder, group, pseudonyms):
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #98be1bbb
 _NOBODY = re.compile(
     '(anon|anonymous|anonymi[sz]ed|removed|de-?identified|unknown|none|null|nan|n/?a|x+|0+)?', re.I)
-_OF_AN_IMAGE = re.compile('[-_. ]+(left|right|l|r)[-_. ]+(cc|mlo)([-_. ]*[0-9]+)?$', re.I)
+_NO_NAME = re.compile(
+    'patient|test|dummy|demo|redacted|no|name|de|identified|not|available|[a-z]', re.I)
+_OF_AN_IMAGE = re.compile(
+    '(?<![-_. ])[-_. ]+(left|right|l|r)[-_. ]+(cc|mlo)([-_. ]*[0-9]+)?$', re.I)
 
 def _patient_number(number):
     "An ID or name without side and view at its end; empty if it names nobody"
@@ -136,18 +140,37 @@ def _patient_number(number):
     nobody = all(map(_NOBODY.fullmatch, words)) or _NOBODY.fullmatch(number)
     return '' if nobody else number
 
+# %% ../../../nbs/cohort/datasets/05_folder.ipynb #d1861089
+_LONGEST_NAME = 324 # characters of a PatientName, PS3.5, 6.2
+
+def _name_words(name):
+    "The words of the first spelling of a name, in alphabetical order; none if it names nobody"
+    text, *_ = name[:_LONGEST_NAME].split('=')
+    text = text.replace('^', ' ').strip()
+    words = re.findall(r'[^\W_]+', _patient_number(text))
+    known = set()
+    for word in words:
+        if not (_NOBODY.fullmatch(word) or _NO_NAME.fullmatch(word)): known.add(id_key(word))
+    return sorted(known)
+
+def _birth_digits(born):
+    "The digits of a birth date; empty for an unknown one"
+    digits = re.sub('[^0-9]', '', born)
+    return digits if len(digits) == 8 and digits >= '19010102' else ''
+
 def _hash_person(path):
-    "Hashes of name with birth date, and of the birth date; empty where they name nobody"
+    "Hashes of name and birth date, of the birth date, and of the words of the name"
     ds, elements = open_dicom(path).ds, ('PatientName', 'PatientBirthDate')
     try:
         name, born = (read_value(ds, k, path, str) or '' for k in elements)
     except DicomError: # an element that cannot be read tells nothing; it is never quoted
-        return dict(Person='', Birth='')
-    name = _patient_number(name.replace('^', ' ').strip())
-    born = _patient_number(born.strip())
+        name = born = ''
+    words, born = _name_words(name), _birth_digits(born)
+    whole = ' '.join([*words, born])
     return dict(
-        Person=pseudonym(f'{id_key(name)} {born}') if name else '',
-        Birth=pseudonym(born) if born else '')
+        Person=pseudonym(whole) if words else '',
+        Birth=pseudonym(born) if born else '',
+        Words=frozenset(map(pseudonym, words)))
 
 def _identity(header, path, group):
     "The elements that identify a patient; of folders the number without side and view"
@@ -227,7 +250,7 @@ def _without_raw_copies(rows):
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #af3a5289
 def _other_number(t):
     "Where a number is missing: that of the same person in other files, else the person's hash"
-    both = t[(t.number != '') & (t.person != '')]
+    both = t[(t.number != '') & (t.person != '') & (t.birth != '')]
     keys = both.number.map(id_key)
     n_numbers = keys.groupby(both.person).nunique()
     known = both.groupby('person').number.first()
@@ -238,7 +261,7 @@ def _other_number(t):
 def identity_table(
     rows:list, # of dicts with `path`, `exam_id` and `exam_date`
     identities:dict # path -> elements of the header that identify a patient
-)->pd.DataFrame: # path, folder, day, number, person, birth; patient: one key, empty if unknown
+)->pd.DataFrame: # path, folder, day, number, person, birth, words; patient: a key or empty
     "List what the headers say about the patient of each file"
     columns = ['path', 'exam_id', 'exam_date']
     t = pd.DataFrame(rows, columns=columns).set_axis(['path', 'folder', 'day'], axis=1)
@@ -246,6 +269,7 @@ def identity_table(
     t['number'] = known.map(lambda elements: elements.get('PatientID', ''))
     t['person'] = known.map(lambda elements: elements.get('Person', ''))
     t['birth'] = known.map(lambda elements: elements.get('Birth', ''))
+    t['words'] = known.map(lambda elements: elements.get('Words', frozenset()))
     t['number'] = _other_number(t)
     return t.assign(patient=t.number.map(id_key), day=pd.to_datetime(t.day))
 
@@ -294,31 +318,42 @@ def _day_faults(t, by=('folder',)):
     return faults
 
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #824e5b17
-def _several(known, by, what):
-    "(group, its files, how many values) of each group with several values of a column"
-    for _, group in known.groupby(by, sort=False):
-        n = group[what].nunique()
-        if n > 1:
-            first = group.drop_duplicates(what)
-            yield group, _listed(first.path), n
+def _are_strangers(names):
+    "Whether two of several names have no word in common"
+    pairs = combinations(set(names), 2)
+    return any(a.isdisjoint(b) for a, b in pairs)
 
-def _person_faults(t, believe='folder'):
+def _number_faults(t):
+    "What is found of each number with two birth dates, or with names that share no word"
+    known = t[t.patient != '']
+    for _, group in known.groupby('patient', sort=False):
+        born = group[group.birth != '']
+        born = born.drop_duplicates('birth')
+        named = group[group.person != '']
+        named = named.drop_duplicates('person')
+        several_births = len(born) > 1
+        if not several_births and not _are_strangers(named.words):
+            continue
+        odd = born if several_births else named
+        files = _listed(odd.path)
+        yield group.folder.iloc[0], f'one number for {len(odd)} names or birth dates: {files}'
+
+def _name_faults(t):
+    "What is found of each name with birth date that has several numbers"
+    known = t[(t.patient != '') & (t.person != '') & (t.birth != '')]
+    for _, group in known.groupby('person', sort=False):
+        first = group.drop_duplicates('patient')
+        if len(first) > 1:
+            files = _listed(first.path)
+            found = f'{len(first)} numbers for one name and birth date: {files}'
+            yield group.folder.iloc[0], found
+
+def _person_faults(t):
     "A fault for each number of several persons, and for each person of several numbers"
-    known = t[(t.patient != '') & (t.person != '')]
-    found = []
-    for group, files, n in _several(known, 'patient', 'person'):
-        renamed = group.birth.nunique() == 1 and group.birth.iloc[0]
-        if not renamed:
-            found.append((group, f'one number for {n} names or birth dates: {files}'))
-    dated = known[known.birth != '']
-    for group, files, n in _several(dated, 'person', 'patient'):
-        found.append((group, f'{n} numbers for one name and birth date: {files}'))
-    expected = f"a number for each patient; or on_identity_mismatch='{believe}'"
-    faults = []
-    for group, text in found:
-        folder = group.folder.iloc[0]
-        faults.append(_identity_fault('PatientID', folder, text, expected))
-    return faults
+    expected = ("a number for each patient; group='tags' with on_identity_mismatch='tags' "
+                "believes the numbers, on_identity_mismatch='folder' the folders")
+    found = [*_number_faults(t), *_name_faults(t)]
+    return [_identity_fault('PatientID', folder, text, expected) for folder, text in found]
 
 # %% ../../../nbs/cohort/datasets/05_folder.ipynb #dc5cc68b
 def _patients_by_tags(t, folder, pseudonyms):
@@ -419,7 +454,7 @@ def dicom_folder(
         rows = _apply_identity(rows, identities, folder, on_identity_mismatch, pseudonyms)
     elif on_identity_mismatch == 'raise':
         t = identity_table(rows, identities).assign(folder='.')
-        raise_faults(_person_faults(t, 'tags'))
+        raise_faults(_person_faults(t))
     if on_similar_ids == 'raise' and 'tags' in (group, on_identity_mismatch):
         _check_spelling(rows, identities)
     rows, raw_copies = _without_raw_copies(rows)
