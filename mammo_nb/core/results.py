@@ -66,11 +66,12 @@ def check(self:ResultFolder,
 ): # raises `InputError` that names the files
     "Refuse to replace files that the command did not write, or that were changed"
     sums = self.written()
-    names = {*names, *sums} if self.replace_all else set(names)
+    new = set(names)
+    names = {*new, *sums} if self.replace_all else new
     foreign = []
     for name in sorted(names):
         known = sums.get(name, ())
-        blocking = _blocking_parents(self.folder, name)
+        blocking = _blocking_parents(self.folder, name) if name in new else []
         if blocking: foreign += blocking
         elif _is_foreign(self.folder/name, known): foreign.append(name)
     if not foreign: return
