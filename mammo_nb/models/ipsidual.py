@@ -12,9 +12,10 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import MultiScaleRoIAlign
-from ..core.errors import check_range
+from ..core.errors import InputError, check_range
 from ..core.hub import HubModel
 from ..losses.detection import class_focal_loss, diou_loss
+from .freezing import freeze_module
 from .hrnet import HRNET_OPTIONS, HRNet, pad_images, read_other_view
 from .proposals import ProposalNetwork, Proposals, PyramidEncoder
 from .proposals import sample_proposals, select_detections, target_list
@@ -194,20 +195,30 @@ def second_stage(self:IpsiDualNet,
 
 # %% ../../nbs/models/66_ipsidual.ipynb #cc44cb79
 @patch
+def second_losses(self:IpsiDualNet,
+    inputs:dict, # see `forward`
+    first:FirstStage, # of `propose`
+    targets:list # of `target_list`
+)->dict: # `class`, `box`: scalars to add
+    "Compute the losses of the second stage"
+    proposals = first.proposals.boxes[:len(targets)]
+    boxes, labels, true_boxes = sample_proposals(proposals, targets, self.n_sampled)
+    logits, moved = self.second_stage(inputs, first, boxes)
+    labels, true_boxes = torch.cat(labels), torch.cat(true_boxes)
+    positive = labels > 0
+    of_class = class_focal_loss(logits, labels, **self.focal, divide_by='positives')
+    of_box = diou_loss(moved[positive], true_boxes[positive])
+    return {'class': of_class, 'box': of_box}
+
+@patch
 def compute_losses(self:IpsiDualNet,
     inputs:dict, # see `forward`
     targets:list # of `target_list`
 )->dict: # `objectness`, `proposal_box`, `class`, `box`: scalars to add
     "Compute the losses of both stages"
     first = self.propose(inputs)
-    proposals = first.proposals.boxes[:len(targets)]
-    boxes, labels, true_boxes = sample_proposals(proposals, targets, self.n_sampled)
-    logits, moved = self.second_stage(inputs, first, boxes)
-    labels, true_boxes = torch.cat(labels), torch.cat(true_boxes)
-    positive = labels > 0
-    second = {'class': class_focal_loss(logits, labels, **self.focal, divide_by='positives')}
-    second['box'] = diou_loss(moved[positive], true_boxes[positive])
-    return self.rpn.losses(first.proposals, targets) | second
+    losses = self.rpn.losses(first.proposals, targets)
+    return losses | self.second_losses(inputs, first, targets)
 
 @patch
 def detect(self:IpsiDualNet,
@@ -231,3 +242,33 @@ def forward(self:IpsiDualNet,
     "Compute losses, or detect"
     if targets is None: return self.detect(inputs)
     return self.compute_losses(inputs, target_list(targets, len(inputs['main'])))
+
+# %% ../../nbs/models/66_ipsidual.ipynb #4c3dc3ad
+_PARTS = ('pyramid', 'rpn', 'fc1', 'fc2', 'blocks', 'classifier', 'move')
+
+def _fit_weights(name, own, other):
+    "The weights of another detector in the shape of the own ones, `None`: they do not fit"
+    if own.shape == other.shape: return other
+    if name != 'fc1.weight' or own.shape[0] != other.shape[0]: return None
+    if own.shape[1] != 2*other.shape[1]: return None
+    return torch.cat([other, torch.zeros_like(other)], 1) # features of the other view come second
+
+@patch
+def start_from(self:IpsiDualNet,
+    trained:IpsiDualNet, # with the same encoder and sizes, such as one with `ipsilateral=False`
+    freeze:bool=True # keep the first stage as it is
+)->IpsiDualNet: # itself
+    "Take the weights of another detector"
+    own, missing = self.state_dict(), []
+    for name, other in trained.state_dict().items():
+        if name.partition('.')[0] not in _PARTS: continue # what it was trained on is not taken over
+        fitted = _fit_weights(name, own[name], other) if name in own else None
+        if fitted is None: missing.append(name)
+        else: own[name] = fitted
+    if missing:
+        found = f'{len(missing)} weights without a place here, such as {missing[0]}'
+        raise InputError('start_from', 'trained', found, 'a detector of the same sizes')
+    self.load_state_dict(own)
+    if freeze:
+        for part in (self.pyramid, self.rpn): freeze_module(part)
+    return self
