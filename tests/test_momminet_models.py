@@ -32,8 +32,13 @@ SIZE = (64, 48)
 
 
 def ipsi(**options):
+    "IpsiDualNet that uses the other view, as if it had learned to"
     seed_everything(1)
-    return IpsiDualNet(**TINY | BOXES | options).eval()
+    net = IpsiDualNet(**TINY | BOXES | options).eval()
+    for block in net.blocks:
+        for layer in (block.query, block.value):
+            nn.init.normal_(layer.weight, std=.3)
+    return net
 
 
 def bi(**options):
@@ -84,6 +89,45 @@ def answer(net, inputs):
     return torch.cat(net.second_stage(inputs, first, boxes), 1).reshape(len(boxes), -1)
 
 # ---- 5.3, check 3: relations between the views
+
+@pytest.mark.parametrize('options', [{}, dict(relation=False), dict(geometry='box_location'), dict(ipsilateral=False)])
+@torch.no_grad()
+def test_a_detector_of_two_views_starts_as_that_of_one(options):
+    single, inputs = ipsi(ipsilateral=False), views()
+    single.set_training_info(dict(variant='single'))
+    net = IpsiDualNet(**TINY | BOXES | options).start_from(single).eval()
+    assert torch.allclose(answer(net, inputs), answer(single, inputs), atol=1e-4)
+    assert net.training_info == {}  # it was trained on nothing
+
+
+def test_the_first_stage_stays_and_the_second_learns():
+    single = ipsi(ipsilateral=False)
+    net = IpsiDualNet(**TINY | BOXES).start_from(single).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], .1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(net(views(), targets()).values()).backward()
+        optimizer.step()
+    changed = {name.partition('.')[0] for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {'fc1', 'fc2', 'blocks', 'classifier', 'move'}
+    free = IpsiDualNet(**TINY | BOXES).start_from(single, freeze=False)
+    assert all(p.requires_grad for p in free.parameters())
+
+
+@pytest.mark.parametrize('options', [dict(dim=32), dict(channels=16), dict(width=4), dict(roi_size=5), dict(classes=2)])
+def test_a_start_from_other_sizes_is_refused(options):
+    net = IpsiDualNet(**TINY | BOXES | options)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(InputError, match='of the same sizes'):
+        net.start_from(ipsi(ipsilateral=False))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_start_from_something_else_is_refused():
+    with pytest.raises(InputError, match='IpsiDualNet'):
+        ipsi().start_from(bi())
+
 
 @torch.no_grad()
 def test_the_order_of_the_other_boxes_changes_nothing():

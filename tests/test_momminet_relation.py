@@ -34,8 +34,13 @@ def run(block, main, other, seed=0):
 
 
 def block_of(geometry='nipple', dim=32, heads=4):
+    "A block with random weights: a new one adds nothing"
     seed_everything(3)
-    return RelationBlock(dim, heads, geometry).eval()
+    block = RelationBlock(dim, heads, geometry).eval()
+    with torch.no_grad():
+        for weights in block.parameters():
+            weights.uniform_(-.17, .17)
+    return block
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
@@ -83,6 +88,36 @@ def test_an_equal_distance_weighs_more_than_a_triple_one():
     with torch.no_grad():
         weights = block.attention(*features, *relation_geometry(at([40]), at([40, 120])))
     assert (weights[..., 0] > weights[..., 1]).all()
+
+
+@pytest.mark.parametrize('geometry', ['nipple', 'image_centre'])
+@pytest.mark.parametrize('waves', [8, 12])
+def test_a_new_block_adds_nothing_and_looks_at_equal_distances(geometry, waves):
+    seed_everything(0)
+    block = RelationBlock(32, 4, geometry, waves).eval()
+    origin = (20, 20) if geometry == 'nipple' else (100, 75)  # the centre of the image
+    row, col = origin
+    at = lambda distances: view_boxes([[col-5, row+d-5, col+5, row+d+5] for d in distances], SIZE, (20, 20), spacing_mm=1.)
+    distances = torch.tensor([10., 20., 30., 36., 40., 44., 54., 80., 90.])
+    main, other = at([40]), at(distances.tolist())
+    out, (f_main, f_other) = run(block, main, other)
+    assert torch.equal(out, f_main)
+    with torch.no_grad():
+        weights = block.attention(f_main, f_other, *relation_geometry(main, other, geometry))[:, 0]
+    assert (weights.argmax(1) == 4).all()
+    far = (distances/40).log().abs() > .25
+    assert (weights[:, far] < weights[:, 4:5]/2).all()
+
+
+def test_a_new_block_without_waves_of_that_width_starts_too():
+    assert RelationBlock(32, 4, waves=1).geometry_weight.weight.isfinite().all()
+
+
+def test_offsets_of_boxes_start_without_a_preference():
+    seed_everything(0)
+    block = RelationBlock(32, 4, 'box_location')
+    assert block.geometry_weight.weight.abs().max() < .1
+    assert not block.value.weight.any()
 
 
 @pytest.mark.parametrize('spacing', [None, 1.])

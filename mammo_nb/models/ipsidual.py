@@ -210,6 +210,7 @@ def second_losses(self:IpsiDualNet,
     of_box = diou_loss(moved[positive], true_boxes[positive])
     return {'class': of_class, 'box': of_box}
 
+# %% ../../nbs/models/66_ipsidual.ipynb #fd1ba056
 @patch
 def compute_losses(self:IpsiDualNet,
     inputs:dict, # see `forward`
@@ -259,6 +260,8 @@ def start_from(self:IpsiDualNet,
     freeze:bool=True # keep the first stage as it is
 )->IpsiDualNet: # itself
     "Take the weights of another detector"
+    if not isinstance(trained, IpsiDualNet):
+        raise InputError('start_from', 'trained', type(trained).__name__, 'an IpsiDualNet')
     own, missing = self.state_dict(), []
     for name, other in trained.state_dict().items():
         if name.partition('.')[0] not in _PARTS: continue # what it was trained on is not taken over
