@@ -41,7 +41,7 @@ from benchmarks._trainings import (
     load_tensors, prepare_insilico, recipe_folder, run_jobs, save_tensors, tables_or_train
 )
 import mammo_nb.core.fastai_import
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback import core as callbacks
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from mammo_nb.core.files import atomic_path
@@ -113,10 +113,10 @@ def two_views(rows):
 
 # Training
 
-class NoValidation(Callback):
+class NoValidation(callbacks.Callback):
     "Validation would cost a fifth of the time and decides nothing"
     def before_validate(self):
-        raise CancelValidException
+        raise callbacks.CancelValidException
 
 class SecondStages(nn.Module):
     "Detectors with the same first stage, which is run once for all of them"
