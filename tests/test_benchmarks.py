@@ -165,3 +165,18 @@ def test_network_against_simpleitk(small, monkeypatch):
     key = ['variant', 'metric']
     found, wanted = (set(map(tuple, t[key].to_numpy())) for t in (rows, stored))
     assert found == wanted
+
+
+def test_the_other_breast_mirrored_and_aligned(small, monkeypatch):
+    from benchmarks import registration_bilateral
+    draw_few(monkeypatch, registration_bilateral, (64, 48))
+    registration_bilateral.main('--patients 12'.split())
+    rows = pd.read_csv(small/'registration_bilateral.csv')
+    stored = pd.read_csv(ROOT/'benchmarks'/'results'/'registration_bilateral.csv')
+    key = ['variant', 'metric']
+    found, wanted = (set(map(tuple, t[key].to_numpy())) for t in (rows, stored))
+    assert found == wanted
+    values = rows.set_index('variant').query('metric == "tre_mm"')['value']
+    assert values['identity'] > 5*values['flip'] > 5*values['contour_true_nipples']
+    errors = {v: values[v] for v in ('contour', 'flip')}
+    assert values['contour - flip'] == pytest.approx(errors['contour']-errors['flip'], abs=1e-4)
