@@ -26,8 +26,11 @@ What is there to see:
 The BI-RADS category of an in-silico mass is noise around its pathology and, for malignant ones, its
 contrast. It contains no opinion on margin or shape, so it teaches less here than a radiologist's would.
 
-The recipe was chosen on the first 700 patients of data seed 0; those of training and validation are among
-them. Test patients come after them, so no row is measured on a patient that was seen before.
+The recipe was chosen on the first 700 patients of data seed 0, with malignancy alone; those of training and
+validation are among them. Test patients come after them, so no row is measured on a patient that was seen
+before. On validation patients the AUC is between .859 and .864 with or without local contrast, with patches 1.5
+or 2 times as wide as the box, with 8 or 12 epochs and rates of .003 or .01, and between .84 and .86 from the
+second epoch on: the training is over. Patches of a fixed width in mm have .84.
 
 Differences from the source, beside the size of patches and network: one cycle of a few epochs instead of
 plateaus with early stopping; the weights of the last epoch; no weights of ImageNet; annotated masses
@@ -61,7 +64,7 @@ COHORT = dict(exams=1, benign=1., prevalence=.8, calcified=0.)
 DEVELOPMENT = 700 # patients; those of the test come after them
 PATCH = dict(size=32, context=1.5)
 NET = dict(stride=8, width=16)
-TRAIN = dict(bs=16, lr=3e-3, flip=.5)
+TRAIN = dict(bs=16, lr=.01, flip=.5)
 FIXED = {f'fixed_{w/10:g}': w/10 for w in range(1, 10)}
 ROWS = dict(multitask=('learned', .7), binary=('binary', .7)) | {
     name: ('fixed', weight) for name, weight in FIXED.items()}
@@ -187,7 +190,7 @@ def start(a):
     return Bench('malignancy', a.seed, config, cost, train_seeds=a.train_seeds)
 
 def main(argv=None):
-    a = options(__doc__, argv, patients=500, test_of=1900, epochs=12, train_seeds=[0, 1, 2])
+    a = options(__doc__, argv, patients=500, test_of=1900, epochs=8, train_seeds=[0, 1, 2])
     check_test_patients('malignancy', max(a.patients, DEVELOPMENT), a.test_of)
     bench = start(a)
     if bench.finished(f'multitask - binary, training {a.train_seeds[-1]}', 'auc'):
