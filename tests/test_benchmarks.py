@@ -165,3 +165,37 @@ def test_network_against_simpleitk(small, monkeypatch):
     key = ['variant', 'metric']
     found, wanted = (set(map(tuple, t[key].to_numpy())) for t in (rows, stored))
     assert found == wanted
+
+
+def test_the_other_breast_mirrored_and_aligned(small, monkeypatch):
+    from benchmarks import registration_bilateral
+    draw_few(monkeypatch, registration_bilateral, (64, 48))
+    registration_bilateral.main('--patients 12'.split())
+    rows = pd.read_csv(small/'registration_bilateral.csv')
+    stored = pd.read_csv(ROOT/'benchmarks'/'results'/'registration_bilateral.csv')
+    key = ['variant', 'metric']
+    found, wanted = (set(map(tuple, t[key].to_numpy())) for t in (rows, stored))
+    assert found == wanted
+    values = rows.set_index('variant').query('metric == "tre_mm"')['value']
+    assert values['identity'] > 5*values['flip'] > 5*values['contour_true_nipples']
+    errors = {v: values[v] for v in ('contour', 'flip')}
+    assert values['contour - flip'] == pytest.approx(errors['contour']-errors['flip'], abs=1e-4)
+
+
+def test_the_category_beside_malignancy(small, monkeypatch):
+    from benchmarks import malignancy
+    draw_few(monkeypatch, malignancy, (64, 48))
+    monkeypatch.setattr(malignancy, 'DEVELOPMENT', 12)
+    monkeypatch.setattr(malignancy, 'run_jobs', lambda jobs: [f(*args) for f, *args in jobs])
+    monkeypatch.setattr(malignancy, 'FIXED', dict(list(malignancy.FIXED.items())[6:8]))
+    monkeypatch.setattr(malignancy, 'ROWS', {
+        name: malignancy.ROWS[name] for name in ('multitask', 'binary', *malignancy.FIXED)})
+    malignancy.main('--patients 12 --test-of 32 --epochs 1 --train-seeds 0'.split())
+    rows = pd.read_csv(small/'malignancy.csv').set_index('variant')['value']
+    stored = pd.read_csv(ROOT/'benchmarks'/'results'/'malignancy.csv')
+    more = {f'fixed_{w/10:g}' for w in range(1, 10)} | {f'multitask - binary, training {s}' for s in range(3)}
+    found, wanted = ({v for v in variants if not v.startswith('best_fixed:')} for variants in (rows.index, stored.variant))
+    assert found | more == wanted
+    best = max(malignancy.FIXED, key=lambda name: rows[name])
+    assert rows[f'best_fixed: {best}'] == rows[best]
+    assert rows['multitask - best_fixed'] == pytest.approx(rows['multitask']-rows[best], abs=1e-4)
