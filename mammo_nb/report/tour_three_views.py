@@ -33,16 +33,18 @@ from .sections import tour_section
 from .tour import Tour, one_thread, prevalence_text
 from ..samples.three_views import ThreeViewDataset, three_view_cases
 
-# %% ../../nbs/report/18_tour_three_views.ipynb #30a29dbb
+# %% ../../nbs/report/18_tour_three_views.ipynb #60ec4869
 THREE_VIEW_SIZE = (128, 96) # rows, columns of a prepared image of this section
 THREE_VIEW_SETTINGS = dict( # of the in-silico patients of this section
     contrast=1.2, spread=.3, benign=.8, calcified=0, rows=160, cols=120, pixel_spacing_mm=1.5)
-_VALID = 60 # validation patients are taken from so many: no epoch is chosen with them
+_FIRST = dict(valid=60, test=100) # validation and test patients are among the first so many
 
 def _is_used(images):
-    "Images of patients without dense breasts, with few validation patients"
-    is_needed = (images.split != 'valid') | (images.patient_index < _VALID)
-    return images.density.isin(['A', 'B']) & is_needed
+    "Images of patients without dense breasts; most are for training"
+    limits = images.split.map(_FIRST)
+    is_needed = limits.isna() | (images.patient_index < limits)
+    is_easy = images.density.isin(['A', 'B'])
+    return is_easy & is_needed
 
 def three_view_patients(
     tour:Tour # the tour
@@ -52,16 +54,16 @@ def three_view_patients(
     drawn = insilico_cohort(n, tour.config.seed, exams=1, **THREE_VIEW_SETTINGS)
     used = drawn.select(_is_used)
     write = lambda folder: write_insilico(used, folder, workers=workers, progress=progress)
-    choices = dict(settings=THREE_VIEW_SETTINGS, valid=_VALID)
+    choices = dict(settings=THREE_VIEW_SETTINGS, first=_FIRST)
     cohort = tour.insilico_stage('three_view_patients', n, write, **choices)
     cache, config = tour.folder/'cache', PrepareConfig(size=THREE_VIEW_SIZE)
     return prepare_cohort(cohort, cache, config, workers, progress)
 
-# %% ../../nbs/report/18_tour_three_views.ipynb #642c8fa4
+# %% ../../nbs/report/18_tour_three_views.ipynb #7a56b1b3
 THREE_VIEW_NETWORKS = dict( # variant of `momminet_learner` -> what it reads
     single='the image', ipsi='and the other view of the breast',
     bi='and the other breast', tri='all three views')
-_RATES = dict(first=2e-3, single=1e-3, ipsi=1e-3, bi=3e-3, tri=3e-3) # largest learning rates
+_RATES = dict(first=2e-3, single=1e-3, ipsi=1e-3, bi=3e-3, tri=6e-3) # largest learning rates
 
 class NoValidation(Callback):
     "Train without a validation after each epoch"
@@ -94,7 +96,7 @@ def start_from(
     else: own, other = model.encoder, single.pyramid.encoder
     own.load_state_dict(other.state_dict(), strict=False)
 
-# %% ../../nbs/report/18_tour_three_views.ipynb #b0efb7bb
+# %% ../../nbs/report/18_tour_three_views.ipynb #0ee9b0de
 def train_four(
     tour:Tour, # the tour
     prepared:PreparedCohort # of `three_view_patients`
@@ -107,18 +109,19 @@ def train_four(
     shared = dict(prepared=prepared, seed=c.train_seed)
     epochs = dict(epochs=c.three_view_epochs, lr=_RATES['first'])
     first = train_detector('single', loaders=loaders, **epochs, **shared)
-    shared |= dict(epochs=max(1, c.three_view_epochs//3))
+    few, more = (max(1, c.three_view_epochs//n) for n in (3, 2))
     models = {}
     for name in ('single', 'ipsi', 'bi'):
         start = partial(start_from, single=first)
-        models[name] = train_detector(name, lr=_RATES[name], start=start, loaders=loaders, **shared)
+        own = dict(epochs=few, lr=_RATES[name], start=start, loaders=loaders)
+        models[name] = train_detector(name, **own, **shared)
         tour.stages.tell(f'  {name} is trained')
     known = cases[cases.split != 'test']
     places = {name: geometry[name] for name in ('nipples', 'flows')}
     maps = compute_maps(models['ipsi'], models['bi'], ThreeViewDataset(prepared, known, **places))
     parts = dict(ipsidual=models['ipsi'], bidual=models['bi'])
-    loaders = loaders | dict(maps=maps)
-    models['tri'] = train_detector('tri', lr=_RATES['tri'], loaders=loaders, **shared, **parts)
+    own = dict(epochs=more, lr=_RATES['tri'], loaders=loaders | dict(maps=maps))
+    models['tri'] = train_detector('tri', **own, **shared, **parts)
     return models
 
 def train_three_views(
