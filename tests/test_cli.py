@@ -313,7 +313,7 @@ def small_tour(tell, folder):
     matplotlib.use('Agg')
     config = TourConfig(
         n_patients=12, seed=3, size=(96, 72), epochs=1, batch_size=4, n_boot=50, n_risk_patients=24, risk_epochs=1,
-        n_gaze_patients=20, gaze_epochs=1)
+        n_gaze_patients=20, gaze_epochs=1, n_three_view_patients=40, three_view_epochs=1)
     run_tour(folder, config, workers=1, tell=tell, progress=False)
 
 
@@ -332,7 +332,7 @@ def test_a_tour_that_is_killed_goes_on(tmp_path):
     assert page.endswith('</html>\n') and 'What none of this shows' in page
     assert re.search(r'total [\d.]+ s, peak memory \d\.\d\d GiB', told[-1])
     stages = {d.name.rpartition('-')[0] for d in (tour/'stages').iterdir() if d.is_dir() and not d.name.startswith('.')}
-    assert stages == {'cohort', 'gaze', 'gaze_patients', 'model', 'predictions', 'risk', 'risk_patients'}
+    assert stages == {'cohort', 'gaze', 'gaze_patients', 'model', 'predictions', 'risk', 'risk_patients', 'three_view_patients', 'three_views'}
     assert list((tour/'stages').glob('.making-*')) == []  # nothing of the killed run lies about
 
 
@@ -343,8 +343,8 @@ def test_choices_of_the_tour(tmp_path, monkeypatch):
     assert mammo_tour(str(tmp_path/'t'), patients=30, epochs=3, seed=5, workers=1, quiet=True) == 0
     folder, config, workers, _, progress = asked[0]
     assert (folder, workers, progress) == (str(tmp_path/'t'), 1, False)
-    assert (config.n_patients, config.n_risk_patients, config.n_gaze_patients) == (30, 30, 30)
-    assert (config.epochs, config.risk_epochs, config.gaze_epochs, config.seed) == (3, 3, 3, 5)
+    assert (config.n_patients, config.n_risk_patients, config.n_gaze_patients, config.n_three_view_patients) == (30, 30, 30, 40)
+    assert (config.epochs, config.risk_epochs, config.gaze_epochs, config.three_view_epochs, config.seed) == (3, 3, 3, 3, 5)
 
 
 @pytest.mark.parametrize('kwargs,said', [(dict(patients=3), 'n_patients: found 3'), (dict(epochs=0), 'epochs: found 0')])

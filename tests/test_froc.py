@@ -402,3 +402,17 @@ def test_the_figure_has_a_line_and_a_band_for_each_system():
     assert len(ax.collections) == 2
     assert ax.get_xlabel() == 'false positives an exam'
     assert plot_froc(c).get_legend() is None
+
+def test_a_curve_is_drawn_as_it_was_interpolated():
+    "Lines between thresholds for `linear`, steps otherwise; band and line alike"
+    p, findings, *_ = make_case()
+    curves = {how: froc_curve(p, findings, n_boot=20, interpolate=how) for how in ('step', 'linear')}
+    corners = {}
+    for how, curve in curves.items():
+        ax = plot_froc(curve)
+        line, = ax.get_lines()
+        assert line.get_drawstyle() == dict(step='steps-post', linear='default')[how]
+        corners[how] = len(ax.collections[0].get_paths()[0].vertices)
+    assert corners['step'] > 1.5*corners['linear']
+    assert plot_froc(curves['step'], interpolate='linear').get_lines()[0].get_drawstyle() == 'default'
+    with pytest.raises(InputError, match='interpolate'): plot_froc(curves['step'], interpolate='cubic')

@@ -28,6 +28,7 @@ from mammo_nb.learners.systems import evaluate, predict
 from mammo_nb.metrics.predictions import BOX_COLUMNS, has_box, read_predictions, write_predictions
 from mammo_nb.models.ipsidual import IpsiDualNet
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
+from mammo_nb.samples.three_views import MASS_MAPS
 
 ENCODER = dict(width=4, stem=4, modules=(1, 1, 1), blocks=1, finest=2, sigma=3.)
 DETECTOR = ENCODER | dict(
@@ -88,6 +89,14 @@ def test_shuffled_nipples_need_loaders_with_them_and_others_refuse_them(prepared
     assert small_learner(shuffled, 'ipsi_shuffled_nipples').model.training_info['nipples'] == 'shuffled'
     with pytest.raises(InputError, match='true nipples'): small_learner(shuffled, 'ipsi')
     with pytest.raises(InputError, match='momminet_dls with shuffled'): small_learner(dls, 'ipsi_shuffled_nipples')
+
+
+def test_the_training_says_whether_it_had_maps(prepared, dls):
+    cases = momminet_cases(prepared.cohort)
+    maps = {i: {name: torch.zeros(1, 64, 48) for name in MASS_MAPS} for i in cases.image_id}
+    with_maps = small_learner(loaders(prepared, maps=maps), 'tri').model
+    assert with_maps.training_info['maps'] is True
+    assert small_learner(dls, 'tri').model.training_info['maps'] is False
 
 
 def test_shuffled_nipples_do_not_depend_on_the_cases(prepared):

@@ -81,7 +81,8 @@ def test_preparing_and_rendering_write_ten_lines_to_a_log_file(tmp_path, capsys)
 # ---- the prevalence
 
 @pytest.mark.parametrize('page', ['index', 'start/01_first_steps', 'insilico/14_config', 'insilico/15_patients', 'insilico/50_oracle',
-                                  'tutorials/05_two_exams_five_years', 'tutorials/10_teach_where_to_look'])
+                                  'tutorials/05_two_exams_five_years', 'tutorials/10_teach_where_to_look',
+                                  'tutorials/15_reading_three_views'])
 def test_pages_with_in_silico_cancers_state_the_prevalence(page):
     assert InSilicoConfig().prevalence == .4
     cells = json.loads((ROOT/f'nbs/{page}.ipynb').read_text())['cells']

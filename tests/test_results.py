@@ -139,7 +139,8 @@ def test_the_tour_replaces_no_page_of_the_user(tmp_path):
     (tmp_path/'t').mkdir()
     (tmp_path/'t/index.html').write_text('mine')
     config = TourConfig(
-        n_patients=12, seed=3, size=(96, 72), epochs=1, batch_size=4, n_boot=50, n_risk_patients=24, risk_epochs=1, n_gaze_patients=20, gaze_epochs=1)
+        n_patients=12, seed=3, size=(96, 72), epochs=1, batch_size=4, n_boot=50, n_risk_patients=24, risk_epochs=1, n_gaze_patients=20, gaze_epochs=1,
+        n_three_view_patients=40, three_view_epochs=1)
     with pytest.raises(InputError, match='index.html'): run_tour(tmp_path/'t', config, workers=1, tell=lambda line: None, progress=False)
     assert (tmp_path/'t/index.html').read_text() == 'mine'
 

@@ -28,10 +28,11 @@ def mammo_tour(
     from mammo_nb.report.tour_page import run_tour
     given = dict(n_patients=patients, epochs=epochs, seed=seed)
     if patients is not None: # sections with patients of their own
-        for name in ('n_risk_patients', 'n_gaze_patients'):
-            given[name] = min(getattr(TourConfig, name), max(24, patients))
+        least = dict(n_risk_patients=24, n_gaze_patients=24, n_three_view_patients=40)
+        for name, n in least.items():
+            given[name] = min(getattr(TourConfig, name), max(n, patients))
     if epochs is not None: # and with trainings of their own
-        for name in ('risk_epochs', 'gaze_epochs'):
+        for name in ('risk_epochs', 'gaze_epochs', 'three_view_epochs'):
             given[name] = min(getattr(TourConfig, name), epochs)
     config = {name: value for name, value in given.items() if value is not None}
     def report(text): print(text, flush=True)

@@ -131,26 +131,35 @@ def froc_curve(
     point, values, _ = bootstrap_values([t], metric, **options)
     tails = [(1-level)/2, (1+level)/2]
     low, high = np.quantile(values[0], tails, axis=0)
-    out = dict(fppi=fppi, recall=point[0], low=low, high=high)
-    return pd.DataFrame(out)
+    out = pd.DataFrame(dict(fppi=fppi, recall=point[0], low=low, high=high))
+    out.attrs['interpolate'] = interpolate # `plot_froc` draws it so
+    return out
 
 # %% ../../nbs/metrics/30_froc.ipynb #8b7cf3fe
-def _draw_curve(ax, name, curve, color):
-    x = curve['fppi']
-    steps = dict(color=color, step='post')
-    ax.fill_between(x, curve['low'], curve['high'], alpha=.2, lw=0, **steps)
+_DRAWN = dict( # how band and line are drawn
+    step=(dict(step='post'), dict(drawstyle='steps-post')), linear=({}, {}))
+
+def _draw_curve(ax, name, curve, color, interpolate=None):
+    "Draw one curve with its band"
+    how = interpolate or curve.attrs.get('interpolate', 'step')
+    band, line = _DRAWN[how]
+    shade = dict(color=color, alpha=.2, lw=0)
+    x, low, high = (curve[c] for c in ('fppi', 'low', 'high'))
+    ax.fill_between(x, low, high, **shade, **band)
     label = figure_text(name) or None
-    ax.step(x, curve['recall'], where='post', color=color, label=label)
+    ax.plot(x, curve['recall'], color=color, label=label, **line)
 
 def plot_froc(
     curves, # a table of `froc_curve`, or a dict of them, `{name: table}`
     ax=None, # axes; `None`: new ones
-    per:str='image' # what false positives were counted for
+    per:str='image', # what false positives were counted for
+    interpolate:str|None=None # `step` or `linear`; `None`: as each curve was made
 ): # the axes
     "Plot FROC curves with their bands"
+    check_in(interpolate, (None, *INTERPOLATIONS), 'plot_froc', 'interpolate')
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3.6))
-    draw_models(ax, curves, _draw_curve)
+    draw_models(ax, curves, partial(_draw_curve, interpolate=interpolate))
     article = 'an' if per[0] in 'aeio' else 'a'
     ax.set(xlabel=f'false positives {article} {per}', ylabel='recall', ylim=(0, 1.02))
     if isinstance(curves, dict):

@@ -35,7 +35,8 @@ from ..samples.two_view import two_view_dls
 # %% ../../nbs/report/10_tour.ipynb #bcfff184
 LEAST = dict(
     n_patients=8, epochs=1, batch_size=2, n_boot=10,
-    n_risk_patients=24, risk_epochs=1, n_gaze_patients=20, gaze_epochs=1) # smallest values of `TourConfig`
+    n_risk_patients=24, risk_epochs=1, n_gaze_patients=20, gaze_epochs=1,
+    n_three_view_patients=40, three_view_epochs=1) # smallest values of `TourConfig`
 
 @dataclass(frozen=True)
 class TourConfig:
@@ -55,6 +56,8 @@ class TourConfig:
     risk_epochs: int = 5 # of the training of that section
     n_gaze_patients: int = 60 # in-silico patients with a shortcut and gaze, for the section on gaze
     gaze_epochs: int = 10 # of the trainings of that section
+    n_three_view_patients: int = 150 # in-silico patients drawn for the section on three views
+    three_view_epochs: int = 6 # of the first training of that section
 
     def __post_init__(self):
         for name, least in LEAST.items(): check_range(getattr(self, name), least, None, 'TourConfig', name)
@@ -88,10 +91,11 @@ def insilico_stage(self:Tour,
     name:str, # of the stage
     n_patients:int, # how many
     write, # `write(folder)` writes the cohort
+    **choices # further ones that the cohort depends on
 )->Cohort: # read from its files
     "Write an in-silico cohort, or reuse it"
     code = code_hash('mammo_nb.insilico.files')
-    key = dict(patients=n_patients, seed=self.config.seed, numpy=version('numpy'), code=code)
+    key = dict(patients=n_patients, seed=self.config.seed, numpy=version('numpy'), code=code) | choices
     return Cohort.read(self.stages.run(name, key, write))
 
 @patch(as_prop=True)

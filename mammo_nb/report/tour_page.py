@@ -55,6 +55,8 @@ LIMITS_OF_THE_TOUR = ( # what the page does not show
     a cancer, and which follows the same rules as the training patients.''',
     '''The effect of machine, hospital, age, ethnicity, implants or earlier surgery. The simulation
     has none of them, and the films are of the 1990s.''',
+    '''That the other view or the other breast helps to find masses. The networks of three views
+    were trained for a minute, on breasts that are easy to read.''',
     'That attributions show causes. They show on which pixels a number depends.')
 
 @tour_section(90, 'What none of this shows')

@@ -328,6 +328,7 @@ def three_view_dls(
     dls.n_excluded = sum(map(len, parts)) - sum(map(len, tables))
     findings = prepared.cohort.findings
     cancers = sets[0].rows.image_id.isin(findings.image_id[findings.pathology == 'malignant'])
-    about = dict(splits=[train, valid], kinds=list(kinds), aligned=flows is not None)
+    about = dict(splits=[train, valid], kinds=list(kinds))
+    about |= dict(aligned=flows is not None, maps=maps is not None)
     dls.description = describe_training(prepared, sets[0].rows, cancers, **about)
     return dls
