@@ -27,11 +27,11 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@echo "Installing the locked set in .venv (about 7 GB on Linux, 3 to 10 minutes; only when it changed)"
 	@$(BIN)/python -c "import pip" 2>/dev/null || $(PY3) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e ".[$(EXTRAS)]"
-	@$(BIN)/python .ci/radiomics.py
+	@$(BIN)/python .ci/install_radiomics.py
 	@touch $@
 
 radiomics: $(STAMP)
-	@$(BIN)/python .ci/radiomics.py
+	@$(BIN)/python .ci/install_radiomics.py
 
 tour: $(STAMP)
 	@$(BIN)/mammo_tour
