@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RADIOMICS_NAMES', 'LesionRegion', 'lesion_region', 'import_pyradiomics', 'RadiomicsExtractor']
 
-# %% ../../nbs/preparation/35_radiomics.ipynb #9185ae12
+# %% ../../nbs/preparation/35_radiomics.ipynb #42ba178a
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-import json
+import json, logging
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -162,16 +162,21 @@ def lesion_region(
     _check_region(levels, mask, where)
     return LesionRegion(levels, mask, spacing_mm)
 
-# %% ../../nbs/preparation/35_radiomics.ipynb #266de3de
+# %% ../../nbs/preparation/35_radiomics.ipynb #21656a34
 def import_pyradiomics(): # the module; raises `ImportError` that tells how to install it
     "Import `radiomics.featureextractor`"
     name, package = 'radiomics.featureextractor', 'pyradiomics-bhklab'
     return optional_import(name, 'Radiomics', install=package)
 
+def _is_news(record):
+    "Whether a message tells something: that the GLCM is symmetrical holds for every lesion"
+    return 'GLCM is symmetrical' not in str(record.msg)
+
 @lru_cache(maxsize=8)
 def _feature_extractor(bin_width):
     "PyRadiomics with the seven classes of features"
     module = import_pyradiomics()
+    logging.getLogger('radiomics.glcm').addFilter(_is_news)
     extractor = module.RadiomicsFeatureExtractor(binWidth=bin_width, additionalInfo=False)
     extractor.disableAllFeatures()
     for kind in _NAMES_BY_CLASS:
