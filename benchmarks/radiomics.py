@@ -69,7 +69,8 @@ def plain_features(row):
     "102 features of a lesion, as the public code computes them"
     import SimpleITK as sitk
     from radiomics.featureextractor import RadiomicsFeatureExtractor
-    image, mask = sitk.ReadImage(row.image_path), sitk.ReadImage(row.mask_path)
+    image = sitk.ReadImage(row.image_path, sitk.sitkFloat64) # bins of 8 bits overflow with NumPy 2
+    mask = sitk.ReadImage(row.mask_path)
     for part in (image, mask):
         part.SetSpacing((SPACING_MM, SPACING_MM))
     extractor = RadiomicsFeatureExtractor(binWidth=25)
@@ -81,8 +82,7 @@ def plain_features(row):
 
 def plain_loop(files):
     "[N,102]"
-    with np.errstate(over='ignore'): # PyRadiomics adds to 8-bit numbers; the bins are right all the same
-        return np.array([plain_features(row) for row in files.itertuples()])
+    return np.array([plain_features(row) for row in files.itertuples()])
 
 def ours(files, folder, workers):
     "The table of our route"

@@ -156,6 +156,18 @@ def test_large_zones_do_not_overflow():
 
 
 @needs_radiomics
+def test_bins_of_eight_bits_do_not_overflow(recwarn):
+    "PyRadiomics adds two bins to the largest of 8-bit values; 255 + 50 is no 8-bit value"
+    grey = (255*noise()).astype(np.uint8)
+    grey[30, 24:26] = 0, 255
+    f = measure(grey, disc())
+    assert f['firstorder_Range'] == 255 and not [w for w in recwarn if 'overflow' in str(w.message)]
+    low = grey[disc()].astype(float)//25
+    p = np.unique(low, return_counts=True)[1]/disc().sum()
+    assert f['firstorder_Entropy'] == pytest.approx(stats.entropy(p, base=2))
+
+
+@needs_radiomics
 def test_the_crop_changes_nothing():
     "PyRadiomics on the whole image gives the same numbers"
     import SimpleITK as sitk
