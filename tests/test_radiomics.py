@@ -447,6 +447,34 @@ def test_a_breast_without_a_lesion_or_cc_image_has_zeros():
     assert r[0].any() and not r[1:].any()
 
 
+# ---- plots
+
+def test_effect_sizes_are_hedges_g_of_patients():
+    "Against Cohen's d by hand, one value a patient and group"
+    from mammo_nb.preparation.radiomics_plots import effect_sizes
+    lesions = image_table().assign(pathology=['malignant', 'malignant', 'benign', 'benign']*12)
+    name = NAMES[20]
+    means = lesions.groupby(['pathology', 'patient_id'])[name].mean()
+    a, b = means['malignant'], means['benign']
+    pooled = np.sqrt((a.var()+b.var())/2)
+    expected = (a.mean()-b.mean())/pooled*(1-3/(4*24-9))
+    effects = effect_sizes(lesions)
+    assert effects.loc[name, 'g'] == pytest.approx(expected)
+    assert effects.loc[name, 'low'] < expected < effects.loc[name, 'high']
+    doubled = pd.concat([lesions, lesions])
+    pd.testing.assert_frame_equal(effect_sizes(doubled), effects)
+
+
+def test_clusters_follow_correlation_not_scale():
+    from mammo_nb.preparation.radiomics_plots import feature_clusters
+    lesions = image_table(60)
+    lesions[NAMES[1]] = -lesions[NAMES[0]]**3
+    lesions[NAMES[2]] = 4.
+    clusters = feature_clusters(lesions)
+    assert clusters[NAMES[0]] == clusters[NAMES[1]] == 1
+    assert NAMES[2] not in clusters and clusters.nunique() == 100
+
+
 # ---- installation
 
 @pytest.fixture
