@@ -1,4 +1,4 @@
-"What a notebook needs that not everybody has: `#| needs: radiomics` in its first cell. Without it the notebook is skipped, and counted."
+"What a notebook needs that not everybody has: `#| needs: radiomics` in one of its cells. Without it the notebook is skipped, and counted."
 import json
 import re
 from importlib.util import find_spec
@@ -12,6 +12,6 @@ def missing_needs(path):
         cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
     except ValueError:
         return []  # it is run, and fails
-    first = next((''.join(c['source']) for c in cells if c['cell_type'] == 'code'), '')
-    names = [name for found in NEEDS.findall(first) for name in found.split()]
+    code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    names = [name for found in NEEDS.findall(code) for name in found.split()]
     return [name for name in names if find_spec(name) is None]

@@ -76,6 +76,7 @@ def finding_mask(
         out[y0:y1, x0:x1] = True
     return out
 
+# %% ../../nbs/preparation/30_annotations.ipynb #81de85df
 def read_lesion_mask(
     prepared:PreparedCohort, # a prepared cohort
     image_id:str, # of the images table
