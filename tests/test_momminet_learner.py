@@ -162,6 +162,18 @@ def test_wrong_arguments_are_refused(dls):
         with pytest.raises(InputError, match=words): momminet_learner(dls, **options)
 
 
+def test_parts_of_another_preparation_are_refused(prepared, dls, tmp_path):
+    other = prepare_cohort(prepared.cohort, tmp_path, size=(96, 72), workers=1, progress=False)
+    parts = {}
+    for variant, name in (('ipsi', 'ipsidual'), ('bi', 'bidual')):
+        parts[name] = small_learner(loaders(other), variant).model
+        given = PARTS | {name: parts[name]}
+        with pytest.raises(InputError, match=rf'tri, {name}.*size') as error:
+            momminet_learner(dls, 'tri', model_args=dict(width=8), **given)
+        assert '64' in str(error.value) and '96' in str(error.value)
+    momminet_learner(loaders(other), 'tri', model_args=dict(width=8), **parts)
+
+
 def test_presets_make_models(dls):
     assert set(PRESETS['small']) == {cls for cls, _ in VARIANTS.values()}
     model = momminet_learner(dls, 'single', preset='small').model

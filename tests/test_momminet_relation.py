@@ -193,3 +193,10 @@ def test_gradients_reach_every_weight():
     block(*features, *relation_geometry(main, other)).square().sum().backward()
     missing = [name for name, p in block.named_parameters() if not p.grad.any()]
     assert missing in ([], ['key.bias'])  # a constant in a softmax changes nothing
+
+
+def test_a_block_without_storage_is_made():
+    with torch.device('meta'): block = RelationBlock(32, 4)
+    here = RelationBlock(32, 4)
+    assert {n: p.shape for n, p in block.named_parameters()} == {n: p.shape for n, p in here.named_parameters()}
+    assert all(p.is_meta for p in block.parameters())

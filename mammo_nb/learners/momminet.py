@@ -36,7 +36,9 @@ from ..models.bidual import BiDualNet
 from ..models.fusion import IntegratedFusionNet
 from ..models.hrnet import SMALL_HRNET
 from ..models.ipsidual import IpsiDualNet
-from ..preparation.prepared_cohort import PreparedCohort, check_prepared
+from mammo_nb.preparation.prepared_cohort import (
+    PreparedCohort, check_preparation, check_prepared
+)
 from ..registration.contour import bilateral_flows
 from ..registration.nipple import nipple_table
 from ..samples.dataset import prepared_ids
@@ -168,6 +170,8 @@ def _new_model(variant, dls, encoder, pretrained, parts, model_args):
     if cls is IntegratedFusionNet:
         kinds = dict(ipsidual=IpsiDualNet, bidual=BiDualNet)
         made = {name: _part(parts[name], kind, name, n_classes) for name, kind in kinds.items()}
+        for name, part in made.items():
+            check_preparation(part, dls.train_ds.prepared, f'momminet_learner tri, {name}')
         return cls(**made, **model_args)
     given = {name for name, part in parts.items() if part is not None}
     if given:

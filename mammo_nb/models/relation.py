@@ -189,10 +189,11 @@ def start_neutral(self:RelationBlock)->RelationBlock: # the block
     for zero in (layer.bias, self.query.weight, self.value.weight, self.value.bias):
         nn.init.zeros_(zero)
     if self.geometry == 'box_location': return self
-    frequencies = wave_frequencies(self.waves)
+    with torch.device('cpu'): # the block itself may have no storage yet
+        frequencies = wave_frequencies(self.waves).tolist()
     low, high = _PEAK
-    waves = torch.where((frequencies > low) & (frequencies < high))[0]
-    cosines = 2*waves+1 # the distance comes first, sines and cosines in turn
+    waves = [k for k, frequency in enumerate(frequencies) if low < frequency < high]
+    cosines = [2*k+1 for k in waves] # the distance comes first, sines and cosines in turn
     with torch.no_grad(): layer.weight[:, cosines] += 1/max(len(cosines), 1)
     return self
 
