@@ -6,7 +6,7 @@ EXTRAS ?= dev
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install tour test docs bench notebooks export readme hooks clean
+.PHONY: help install radiomics tour test docs bench notebooks export readme hooks clean
 help:
 	@echo "make tour                        the main job, from nothing to _tour/index.html"
 	@echo "make test                        the guards, every notebook, pytest"
@@ -15,7 +15,8 @@ help:
 	@echo "make notebooks [NB=nbs/a/b.ipynb]  run notebooks again and store their outputs"
 	@echo "make export                      notebooks -> mammo_nb (nbdev_clean, nbdev_export) and README.md"
 	@echo "make hooks                       the git and Jupyter hooks of nbdev, once a clone"
-	@echo "make install [EXTRAS=dev,radiomics]  only the environment, .venv (radiomics needs a C compiler)"
+	@echo "make install                     only the environment, .venv"
+	@echo "make radiomics                   the extra radiomics, if install found no C compiler before"
 	@echo "make clean                       removes what the other targets made, not .venv"
 
 install: $(STAMP)
@@ -26,7 +27,11 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@echo "Installing the locked set in .venv (about 7 GB on Linux, 3 to 10 minutes; only when it changed)"
 	@$(BIN)/python -c "import pip" 2>/dev/null || $(PY3) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e ".[$(EXTRAS)]"
+	@$(BIN)/python .ci/install_radiomics.py
 	@touch $@
+
+radiomics: $(STAMP)
+	@$(BIN)/python .ci/install_radiomics.py
 
 tour: $(STAMP)
 	@$(BIN)/mammo_tour

@@ -20,6 +20,9 @@ from nbdev.config import get_config
 from execnb.nbio import read_nb, write_nb
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'.ci'))
+from needs import missing_needs
+
 MAX_FIGURE, MAX_OUTPUTS, MAX_TUTORIAL = 150_000, 800_000, 2_000_000
 
 def notebooks(nbs, names):
@@ -131,9 +134,12 @@ def main():
     p.add_argument('--check', action='store_true', help='store nothing')
     a = p.parse_args()
     os.environ.update(environment())
-    failed = 0
+    failed, paths = 0, notebooks(Path(get_config().nbs_path), a.names)
+    for path in paths:
+        if missing := missing_needs(path): print(f'skipped           {path.name}: {", ".join(missing)} not installed', flush=True)
+    paths = [path for path in paths if not missing_needs(path)]
     with ThreadPoolExecutor(a.workers) as pool:
-        for path, bad, secs in pool.map(lambda n: execute(n, a.timeout, a.check), notebooks(Path(get_config().nbs_path), a.names)):
+        for path, bad, secs in pool.map(lambda n: execute(n, a.timeout, a.check), paths):
             print(f'{"FAILED" if bad else "ok":6} {secs:6.1f} s  {path.name}', *bad, sep='\n    ' if bad else '', flush=True)
             failed += bool(bad)
     return min(failed, 1)

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+from needs import missing_needs
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
@@ -113,13 +114,24 @@ def run_notebook(server, path, folder):
     return path, process.exitcode == 0, time.time() - start, text
 
 
+def skip_notebooks(paths):
+    "`(those to run, number skipped)`; prints what is missing for the others"
+    missing = {path: missing_needs(path) for path in paths}
+    for path, names in missing.items():
+        if names:
+            print(f'skipped           {path.relative_to(ROOT)}: {", ".join(names)} not installed', flush=True)
+    run = [path for path in paths if not missing[path]]
+    return run, len(paths) - len(run)
+
+
 def run_notebooks(names, workers):
     passed, failed, slow = 0, [], []
+    paths, skipped = skip_notebooks(notebooks(names))
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         run = lambda path: run_notebook(server, path, Path(folder))
-        for path, ok, seconds, text in pool.map(run, notebooks(names)):
+        for path, ok, seconds, text in pool.map(run, paths):
             name = path.relative_to(ROOT)
             print(f'{"ok" if ok else "FAILED":6} {seconds:6.1f} s  {name}', flush=True)
             passed += ok
@@ -130,7 +142,7 @@ def run_notebooks(names, workers):
                 slow.append(f'{name} ({seconds:.0f} s)')
     if slow:
         print(f'over {SLOW} s (the aim for one notebook alone on 2 cores): ' + ', '.join(slow))
-    return passed, failed, 0
+    return passed, failed, skipped
 
 
 # ---- pytest

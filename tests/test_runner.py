@@ -49,6 +49,17 @@ def test_every_way_to_fail_is_counted(project):
         assert any(what in l for l in lines[lines.index('failed:'):]), what
     assert 'not this' in text and 'no network in tests: 192.0.2.1' in text and 'ended with status -9' in text
 
+def test_a_notebook_without_what_it_needs_is_skipped_and_counted(project):
+    "`#| needs:` in a cell; with the module it runs"
+    (project/'nbs/a/02_needs.ipynb').write_text(notebook('x = 1', '#| hide\n#| needs: no_such_module\nassert False'))
+    (project/'nbs/a/03_has.ipynb').write_text(notebook('#| needs: json\nx = 1', 'assert x == 1'))
+    git('add', '-A', cwd=project)
+    rc, lines, text = run(project, '--only', 'notebooks')
+    assert rc == 0 and lines[-1] == '2 passed, 0 failed, 1 skipped', text
+    assert any('02_needs.ipynb: no_such_module not installed' in line for line in lines)
+    rc, text = store(project)
+    assert rc == 0 and '02_needs.ipynb: no_such_module not installed' in text, text
+
 def test_nothing_at_all_is_a_failure(project):
     for p in (*project.glob('tests/*'), *project.glob('nbs/a/*')): p.unlink()
     rc, lines, _ = run(project)
