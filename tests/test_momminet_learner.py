@@ -22,6 +22,7 @@ from mammo_nb.learners.detection import (
 from mammo_nb.learners.momminet import (
     LOSS_TERMS, PRESETS, VARIANTS, momminet_cases, momminet_dls, momminet_learner, momminet_samples, show_detections
 )
+from mammo_nb.learners.systems import load_model
 from mammo_nb.learners.momminet_stages import read_mass_maps, train_momminet, write_mass_maps
 from mammo_nb.learners.run_config import run_config_of
 from mammo_nb.learners.systems import evaluate, predict
@@ -316,7 +317,7 @@ def test_images_of_test_patients_are_not_read():
 # ---- stages
 
 QUICK = dict(
-    ipsi=dict(epochs=1, model_args=DETECTOR), bi=dict(epochs=2, model_args=ENCODER),
+    single=dict(epochs=1), ipsi=dict(epochs=1, model_args=DETECTOR), bi=dict(epochs=2, model_args=ENCODER),
     fusion=dict(epochs=1, model_args=dict(width=8)))
 
 
@@ -355,11 +356,11 @@ def test_a_second_call_trains_nothing_and_other_settings_train_again(prepared, w
     version, folder = whole
     lines = []
     assert model_version(run_stages(prepared, folder, lines)) == version
-    assert len(lines) == 4 and all('reused' in line for line in lines)
+    assert len(lines) == 5 and all('reused' in line for line in lines)
     lines = []
     other = QUICK | dict(fusion=dict(epochs=1, lr=1e-4, model_args=dict(width=8)))
     assert model_version(run_stages(prepared, folder, lines, settings=other)) != version
-    assert [('reused' in line) for line in lines].count(True) == 3
+    assert [('reused' in line) for line in lines].count(True) == 4
 
 
 def test_maps_come_back_as_they_were_written(tmp_path):
@@ -373,3 +374,31 @@ def test_maps_come_back_as_they_were_written(tmp_path):
 def test_wrong_settings_of_stages_are_refused(prepared, tmp_path):
     with pytest.raises(InputError, match='ipsi, bi, fusion'): run_stages(prepared, tmp_path, settings=dict(tri={}))
     with pytest.raises(InputError, match='epochs'): run_stages(prepared, tmp_path, settings=dict(bi=dict(epochs=0)))
+    other = QUICK | dict(bi=dict(epochs=1, model_args=ENCODER | dict(width=8)))
+    with pytest.raises(InputError, match='the encoder of `ipsi`'): run_stages(prepared, tmp_path, settings=other)
+
+
+class KeepStart(Callback):
+    "Weights of each network before its training"
+    def __init__(self): self.begins = {}
+    def before_fit(self):
+        model = self.model
+        encoder = model.encoder if hasattr(model, 'encoder') else getattr(model, 'pyramid', None)
+        if encoder is None: return
+        variant = model.training_info['variant']
+        self.begins[variant] = {k: v.clone() for k, v in encoder.state_dict().items()}
+
+
+def test_both_networks_begin_with_the_detector_of_single_views(prepared, tmp_path):
+    "The weights of its file, to the bit; without the stage they are others"
+    keep = KeepStart()
+    run_stages(prepared, tmp_path/'a', cbs=keep)
+    single = load_model(next((tmp_path/'a').glob('single-*')))
+    pyramid = single.pyramid.state_dict()
+    assert all(keep.begins['ipsi'][k].equal(v) for k, v in pyramid.items())
+    assert all(keep.begins['bi'][k].equal(v) for k, v in single.pyramid.encoder.state_dict().items())
+    alone = KeepStart()
+    lines = []
+    run_stages(prepared, tmp_path/'b', lines, cbs=alone, settings=QUICK | dict(single=None))
+    assert 'single' not in alone.begins and len(lines) == 4
+    assert not all(alone.begins['ipsi'][k].equal(v) for k, v in pyramid.items())
