@@ -191,6 +191,7 @@ def check_loaders(dls, prepared, tested):
 def loaders_of(system, prepared, **asked):
     "The loaders of a system, asked for what they know"
     known = inspect.signature(system.loaders).parameters
+    asked = dict(radiomics=False) | asked # nothing is measured on images that do not exist
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return system.loaders(prepared, bs=2, device='cpu', **{k: v for k, v in asked.items() if k in known})

@@ -12,7 +12,7 @@ SMALL = dict(width=4, depth=3, hidden=8)
 def batch(n, rows=32, cols=24, seed=0):
     rng = torch.Generator().manual_seed(seed)
     rand = lambda *s: torch.rand(*s, generator=rng)
-    inputs = dict(cc=rand(n, 1, rows, cols), mask_cc=(rand(n, 1, rows, cols) > .9).float(), radiomics=rand(n, 102)*2-1)
+    inputs = dict(source=rand(n, 1, rows, cols), source_mask=(rand(n, 1, rows, cols) > .9).float(), radiomics=rand(n, 102)*2-1)
     return inputs, rand(n, 2, rows, cols)
 
 
@@ -46,15 +46,15 @@ def test_four_batches_of_four_have_the_gradient_of_sixteen(part):
     model = RadiomicsGAN(dropout=0., **SMALL).double()
     loss = SynthesisLoss(ramps=dict(perceptual=0, radiomics=0))
     inputs, true = ({k: v.double() for k, v in batch(16)[0].items()}, batch(16)[1].double())
-    inputs['mask_cc'], true[:, 1:] = inputs['mask_cc']*0, 0.
+    inputs['source_mask'], true[:, 1:] = inputs['source_mask']*0, 0.
 
     def total(own, real):
         drawn = model(own)
         if part == 'generator':
             terms = loss.image_terms(drawn, real) | loss.critic_terms(*model.judge(own, drawn))
-            terms.pop('ssim') # torchmetrics computes in float32
+            terms.pop('ssim') # computed in float32
         else:
-            copy = torch.cat([own['cc'], own['mask_cc']], 1)
+            copy = torch.cat([own['source'], own['source_mask']], 1)
             pairs = [model.judge(own, mlo) for mlo in (real, drawn.detach(), copy)]
             terms = discriminator_terms(*pairs)
         return sum(terms.values())
@@ -70,10 +70,10 @@ def test_four_batches_of_four_have_the_gradient_of_sixteen(part):
 def test_no_radiomics_and_zeros_are_one_thing():
     model = RadiomicsGAN(**SMALL).eval()
     inputs, _ = batch(2)
-    given = dict(cc=inputs['cc'])
+    given = dict(source=inputs['source'])
     with torch.no_grad():
         for layer in model.generator.film.heads: layer.weight.normal_()
-        assert torch.equal(model(given), model(given | dict(radiomics=torch.zeros(2, 102), mask_cc=torch.zeros_like(inputs['cc']))))
+        assert torch.equal(model(given), model(given | dict(radiomics=torch.zeros(2, 102), source_mask=torch.zeros_like(inputs['source']))))
         assert not torch.equal(model(given), model(given | dict(radiomics=inputs['radiomics'])))
 
 
@@ -92,7 +92,7 @@ def test_the_predictor_learns_brightness_and_beats_the_mean():
     images = (.5+.15*level[..., None, None]+.05*torch.randn(200, 1, 16, 16)).clamp(0, 1)
     for shuffled in (False, True):
         true = level[torch.randperm(200)] if shuffled else level
-        net = RadiomicsPredictor(1, 8)
+        net = RadiomicsPredictor(1, 8, masks=False)
         optimizer = torch.optim.Adam(net.parameters(), 1e-2)
         for _ in range(150):
             optimizer.zero_grad()

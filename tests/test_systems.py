@@ -126,11 +126,15 @@ SCRIPTS = dict(
         dls='momminet_dls', learner='momminet_learner',
         arguments=f", 'tri', ipsidual={DETECTOR}, bidual={ENCODER}, model_args=dict(width=8)"),
     malignancy=dict(dls='patch_dls', learner='malignancy_learner', arguments=", encoder='small', model_args=dict(stride=8, width=4), recipe=None"),
+    radiomics_gan=dict(
+        dls='view_synthesis_dls', learner='radiomics_gan_learner',
+        arguments=', model_args=dict(width=4, depth=3, hidden=8), perceptual=False'),
     registration=dict(dls='pair_dls', learner='registration_learner', arguments=', model_args=dict(width=4, depth=1)'))
 
 
 @pytest.mark.parametrize('name', SYSTEM_MODULES)
 def test_eight_lines(name, tmp_path):
+    if name == 'radiomics_gan': pytest.importorskip('radiomics')
     script = EIGHT_LINES.format(patients=24, **SCRIPTS[name])
     tree = ast.parse(script)
     assert len(tree.body) - 1 <= 8

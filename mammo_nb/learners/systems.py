@@ -57,6 +57,7 @@ class System:
     forward: Callable = call_model # `(model, inputs)` -> what the model returns
     check: Callable|None = None # `(model, dataset)`: refuse samples that do not fit the training
     truth: Callable|None = None # `(dataset, name, version)` -> rows of true boxes for the table
+    compare: Callable|None = None # `(model, outputs, inputs, targets)` -> further outputs
     monitor: str = 'valid_loss' # metric by which the best epoch is chosen
     small: dict = field(default_factory=dict) # arguments of a quick training, for checks
 
@@ -75,7 +76,8 @@ SYSTEM_MODULES = dict( # name of a system -> module that registers it
     lmvnet=f'{_LEARNERS}.risk',
     unaligned_risk=f'{_LEARNERS}.risk',
     current_exam=f'{_LEARNERS}.risk',
-    density=f'{_LEARNERS}.risk')
+    density=f'{_LEARNERS}.risk',
+    radiomics_gan=f'{_LEARNERS}.radiomics_gan')
 _SYSTEMS = {}
 
 def register(
@@ -136,10 +138,11 @@ def model_outputs(
     bar = progress_bar(batches, total=len(batches), desc='predict', enabled=progress)
     model.eval()
     try:
-        for x, _ in bar:
+        for x, y in bar:
             precision = torch.autocast(device.type, enabled=mixed_precision)
             with torch.no_grad(), precision:
                 out = system.outputs(model, system.forward(model, x), x)
+                if system.compare: out |= system.compare(model, out, x, y)
             yield out, x
     finally: model.train(was_training)
 

@@ -224,13 +224,14 @@ def evaluate_images(
 )->pd.DataFrame: # `metric, value, ci_low, ci_high, n`
     "Average each number over the images, with intervals over patients"
     options = dict(n_boot=n_boot, seed=seed, columns=('value',))
-    names = [name for name in QUALITY_OUTPUTS if (predictions.output == name).any()]
+    known = predictions[predictions['value'].notna()]
+    names = [name for name in QUALITY_OUTPUTS if (known.output == name).any()]
     if not names:
         found = ', '.join(sorted(predictions.output.unique()))
         expected = f'an image with its true view: one of {", ".join(QUALITY_OUTPUTS)}'
         raise InputError('evaluate_images', 'outputs', found, expected)
     rows = []
     for name in names:
-        e = bootstrap_ci(select_output(predictions, name), weighted_mean, **options)
+        e = bootstrap_ci(select_output(known, name), weighted_mean, **options)
         rows.append(dict(metric=name, value=e.value, ci_low=e.low, ci_high=e.high, n=e.n))
     return pd.DataFrame(rows)

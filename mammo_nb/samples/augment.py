@@ -283,8 +283,9 @@ class Augment(ItemTransform):
     def encodes(self, b):
         new = [type(part)(part) if isinstance(part, Sample) else part for part in b]
         inputs = new[0]
-        fields = inputs.fields().items()
-        images = {field.grid: inputs[name] for name, field in fields if field.kind == 'image'}
+        images = {}
+        for part in new:
+            if isinstance(part, Sample): images.update(part.images_by_grid())
         sizes = {grid: image.shape[-2:] for grid, image in images.items()}
         one = next(iter(images.values()))
         changes = _Changes(self, inputs, len(one), one.device)

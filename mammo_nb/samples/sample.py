@@ -54,6 +54,11 @@ class Sample(dict):
                 if isinstance(value, Field): found[name] = value
         return found
 
+    def images_by_grid(self):
+        "The images by the name of their grid"
+        fields = self.fields().items()
+        return {f.grid: self[name] for name, f in fields if f.kind == 'image' and name in self}
+
     def item(self,
         i:int # position in the batch
     )->'Sample': # one sample, of the same class
@@ -109,8 +114,10 @@ def collate_samples(
 def _draw_images(sample, fields, ax, **kwargs):
     "Images side by side; the panel of each grid is kept on the axes"
     h, w = sample[fields[0].name].shape[-2:]
-    ax.panels = {}
-    for k, field in enumerate(fields):
+    ax.panels = getattr(ax, 'panels', {})
+    n_drawn = getattr(ax, 'n_images', 0) # by the inputs, where these are targets
+    ax.n_images = n_drawn+len(fields)
+    for k, field in enumerate(fields, n_drawn):
         flag = sample.get(field.present)
         exists = flag is None or bool(flag.reshape(-1)[0] > 0)
         image = torch.full((h, w), .35) # grey: missing
@@ -123,7 +130,7 @@ def _draw_images(sample, fields, ax, **kwargs):
         style = dict(color='w', fontsize=8, ha='right', va='top')
         ax.text(left+.97*w, .03*h, figure_text(label), **style)
         ax.panels[field.grid] = left, w, h
-    ax.set_xlim(0, len(fields)*w)
+    ax.set_xlim(0, ax.n_images*w)
     ax.set_ylim(h, 0)
     ax.set(xticks=[], yticks=[])
 
@@ -206,7 +213,7 @@ def show_sample(
     if ctx is None:
         width = max(3, 2*len(images))
         _, ctx = plt.subplots(figsize=(width, 3))
-    if images and not hasattr(ctx, 'panels'): _draw_images(sample, images, ctx, **kwargs)
+    if images: _draw_images(sample, images, ctx, **kwargs)
     for field in fields: _draw_over(sample, field, ctx)
     title, caption = sample.title(), sample.caption()
     if title: ctx.set_title(figure_text(title), fontsize=9)
