@@ -7,7 +7,7 @@ __all__ = ['PUBLISHED_COLUMNS', 'AdversarialTerms', 'StepCritic', 'mean_terms', 
            'measure_predictor', 'train_predictor', 'generator_parameters', 'radiomics_gan_learner', 'synthesis_cases',
            'synthesis_samples', 'synthesis_outputs', 'compare_views']
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #694d904e
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #4f843793
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,16 +31,22 @@ from .keep_best import EarlyStopping, is_fitting, unwrap_model
 from .resume import training_callbacks
 from .systems import System, register
 from .training_state import load_optimizer_state, optimizer_state
-from ..losses.synthesis import SynthesisLoss, discriminator_terms, instance_noise, radiomics_loss
-from ..metrics.image_quality import evaluate_images, image_quality, l1, placement_mm, psnr, ssim
+from mammo_nb.losses.synthesis import (
+    SynthesisLoss, discriminator_terms, instance_noise, radiomics_loss
+)
+from mammo_nb.metrics.image_quality import (
+    PSNR_LIMIT, evaluate_images, image_quality, l1, placement_mm, psnr, ssim
+)
 from ..models.feature_maps import FeatureMaps
 from ..models.freezing import freeze_module
 from ..models.radiomics_gan import RadiomicsGAN, predictor_skill
 from ..preparation.prepared_cohort import PreparedCohort
 from ..preparation.radiomics_scaler import RadiomicsScaler
-from ..samples.view_synthesis import ViewSynthesisDataset, image_radiomics, view_rows, view_synthesis_dls
+from mammo_nb.samples.view_synthesis import (
+    ViewSynthesisDataset, image_radiomics, view_rows, view_synthesis_dls
+)
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #bca7800f
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #24c0eace
 @contextmanager
 def _constant(module):
     "The parameters of a module are constants in what is computed here"
@@ -50,6 +56,7 @@ def _constant(module):
     finally:
         for p in learning: p.requires_grad_(True)
 
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #435be887
 class AdversarialTerms(Callback):
     "Train the critic, and add what it says to the loss of the generator"
     order = -50
@@ -63,7 +70,8 @@ class AdversarialTerms(Callback):
 
     def run_config(self):
         "The settings that change what is learnt"
-        return dict(noise=self.noise, radiomics=self.radiomics, back=self.back is not None)
+        has_back = self.back is not None
+        return dict(noise=self.noise, radiomics=self.radiomics, back=has_back)
 
     @property
     def drawn_view(self): return unwrap_model(self.learn.model).views[1].upper()
@@ -75,8 +83,10 @@ class AdversarialTerms(Callback):
 
     def before_batch(self):
         "Keep the batch; the true image and mask become the target"
-        self.inputs, self.targets = self.learn.xb[0], self.learn.yb[0]
-        true = unwrap_model(self.learn.model).target(self.targets)
+        self.inputs = self.learn.xb[0]
+        self.targets = self.learn.yb[0]
+        model = unwrap_model(self.learn.model)
+        true = model.target(self.targets)
         self.learn.yb = (true,)
 
     def after_fit(self):
@@ -113,7 +123,7 @@ def after_pred(self:AdversarialTerms):
     (loss*self.share()).backward()
     self.of_critic = {f'D_{name}': float(term.detach()) for name, term in terms.items()}
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #7206fa4c
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #5d065086
 @patch
 def further_terms(self:AdversarialTerms,
     drawn:Tensor # [B,1 or 2,H,W] with its gradient
@@ -129,8 +139,9 @@ def further_terms(self:AdversarialTerms,
         term = radiomics_loss(model.predictor(drawn), asked)
         terms |= loss.weighted(dict(radiomics=term))
     if self.back is not None:
-        again = self.back(dict(source=drawn[:, :1], source_mask=drawn[:, 1:] if model.masks else None))
-        difference = (again[:, :1]-self.inputs['source']).abs().mean()
+        read = dict(source=drawn[:, :1], source_mask=drawn[:, 1:] if model.masks else None)
+        again = self.back(read)[:, :1]
+        difference = (again-self.inputs['source']).abs().mean()
         terms |= loss.weighted(dict(cycle=2*difference))
     return terms
 
@@ -139,11 +150,13 @@ def after_loss(self:AdversarialTerms):
     "Add the terms of the critic, the radiomics and the cycle"
     if not self.training: return
     terms = self.further_terms(self.learn.pred)
-    self.learn.loss_grad = self.learn.loss_grad + sum(terms.values())
-    self.learn.loss = self.learn.loss_grad.detach().clone()
-    parts = {name: float(t.detach()) for name, t in (self.learn.loss_func.parts | terms).items()}
+    total = self.learn.loss_grad + sum(terms.values())
+    self.learn.loss_grad = total
+    self.learn.loss = total.detach().clone()
     row = dict(n=len(self.inputs['source']), G=float(self.learn.loss))
-    self.rows.append(row | parts | self.of_critic)
+    parts = self.learn.loss_func.parts | terms
+    for name, term in parts.items(): row[name] = float(term.detach())
+    self.rows.append(row | self.of_critic)
 
 # %% ../../nbs/learners/55_radiomics_gan.ipynb #6d9fc4d4
 class StepCritic(Callback):
@@ -182,12 +195,14 @@ class StepCritic(Callback):
     def resume_state(self): return optimizer_state(self.second)
     def load_resume_state(self, state): load_optimizer_state(self.second, state)
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #308c233e
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #e55e3012
 PUBLISHED_COLUMNS = dict( # column of `results.csv` -> term
-    loss_G='G', loss_D='D', loss_GAN='gan', loss_L1='l1', loss_percep='perceptual', loss_rad='radiomics')
+    loss_G='G', loss_D='D', loss_GAN='gan', loss_L1='l1',
+    loss_percep='perceptual', loss_rad='radiomics')
 _FURTHER = dict(
     loss_view='view', loss_SSIM='ssim', loss_mask='mask', loss_cycle='cycle',
     loss_D_GAN='D_gan', loss_D_view='D_view')
+_COLUMNS = PUBLISHED_COLUMNS | _FURTHER
 
 def mean_terms(
     rows:list # of dictionaries: term -> mean over a batch, and `n`, its samples
@@ -197,8 +212,9 @@ def mean_terms(
     share = table.n/table.n.sum()
     means = table.mul(share, axis=0).sum().to_dict()
     means['D'] = means.get('D_gan', 0)+means.get('D_view', 0)
-    return {column: means.get(term, 0.) for column, term in (PUBLISHED_COLUMNS | _FURTHER).items()}
+    return {column: means.get(term, 0.) for column, term in _COLUMNS.items()}
 
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #21770039
 class WriteResults(Callback):
     "Keep the terms of each epoch as a table, and write it"
     order = 60 # after the recorder
@@ -219,19 +235,30 @@ class WriteResults(Callback):
 
     def after_epoch(self):
         "Add a row, and write the table whole or not at all"
-        terms, recorder = self.learn.adversarial_terms.rows, self.learn.recorder
+        terms = self.learn.adversarial_terms.rows
         if not is_fitting(self.learn) or not terms: return
-        values = dict(zip(recorder.metric_names[1:], recorder.values[-1]))
-        measured = {f'val_{name}': values.get(name.lower(), np.nan) for name in ('L1', 'SSIM', 'PSNR')}
         means = mean_terms(terms)
-        first = {name: means.pop(name) for name in PUBLISHED_COLUMNS}
-        self.rows.append(dict(epoch=self.epoch+1) | first | measured | means)
+        row = dict(epoch=self.epoch+1)
+        for name in PUBLISHED_COLUMNS: row[name] = means.pop(name)
+        self.rows.append(row | self.measured() | means)
         if self.path is None: return
         with atomic_path(self.path) as part: self.table.to_csv(part, index=False)
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #55bb52f2
+    def measured(self):
+        "Column -> metric of the validation set; NaN where it is not measured"
+        recorder = self.learn.recorder
+        values = dict(zip(recorder.metric_names[1:], recorder.values[-1]))
+        names = ('L1', 'SSIM', 'PSNR')
+        return {f'val_{name}': values.get(name.lower(), np.nan) for name in names}
+
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #7a7f39f6
 _MEASURES = dict(
     l1=l1, ssim=partial(ssim, data_range=1.), psnr=partial(psnr, data_range=1.))
+
+def _first_channel(images):
+    "[B,H,W] array of the images, without masks"
+    first = images[:, 0].detach().float()
+    return first.cpu().numpy()
 
 class ImageMetric(Metric):
     "Mean over the validation images of one measure of `image_quality`"
@@ -244,14 +271,17 @@ class ImageMetric(Metric):
     @property
     def name(self): return self.measure
     @property
-    def value(self): return float(np.mean(self.values)) if self.values else float('nan')
+    def value(self):
+        if not self.values: return float('nan')
+        return float(np.mean(self.values))
     def reset(self): self.values = []
 
     def accumulate(self, learn):
-        drawn, true = (t[:, 0].detach().float().cpu().numpy() for t in (learn.pred, learn.yb[0]))
-        known = learn.adversarial_terms.targets['has_target'].cpu().numpy() > 0
+        drawn, true = map(_first_channel, (learn.pred, learn.yb[0]))
+        known = learn.adversarial_terms.targets['has_target'].tolist()
         function = _MEASURES[self.measure]
-        self.values += [function(d, t) for d, t, k in zip(drawn, true, known) if k]
+        for one, other, exists in zip(drawn, true, known):
+            if exists: self.values.append(function(one, other))
 
 # %% ../../nbs/learners/55_radiomics_gan.ipynb #18bb3e9e
 class _PredictorBatch(Callback):
@@ -309,12 +339,13 @@ def train_predictor(
     freeze_module(model.predictor)
     return measure_predictor(model, dls)
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #fa195941
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #af4f1a16
 def _make_model(dls, model, model_args):
     "A model that reads what the loaders give"
     about = dls.description
     if model is None:
-        own = dict(views=about['views'], masks=about['masks'], radiomics='radiomics_scaler' in about)
+        own = dict(views=about['views'], masks=about['masks'])
+        own['radiomics'] = 'radiomics_scaler' in about
         model = RadiomicsGAN(**own | (model_args or {}))
     if list(model.views) != list(about['views']):
         found = f'{" to ".join(model.views)}, and loaders of {" to ".join(about["views"])}'
@@ -337,13 +368,13 @@ def _earn_radiomics(model, dls, predictor):
         raise InputError('radiomics_gan_learner', 'predictor', found, expected)
     return skill
 
-def _check_back(model, back):
+def _check_back(model, back, device):
     "Refuse a model of the same direction in a cycle; freeze the other"
-    if back is None: return
+    if back is None: return None
     if tuple(back.views) != tuple(model.views[::-1]):
         expected = f'a RadiomicsGAN of {" to ".join(model.views[::-1])}'
         raise InputError('radiomics_gan_learner', 'back', " to ".join(back.views), expected)
-    freeze_module(back)
+    return freeze_module(back).to(device)
 
 # %% ../../nbs/learners/55_radiomics_gan.ipynb #0444e5d7
 def generator_parameters(
@@ -362,7 +393,7 @@ def _step_callbacks(dls, accumulate, clip, patience):
     if patience: cbs.append(EarlyStopping('ssim', patience=patience))
     return cbs
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #dc121830
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #120ac0e7
 @delegates(Learner.__init__)
 def radiomics_gan_learner(
     dls:DataLoaders, # from `view_synthesis_dls`
@@ -387,13 +418,13 @@ def radiomics_gan_learner(
     "Make a fastai learner for a generator and its critic"
     if seed is not None: seed_everything(seed)
     model = _make_model(dls, model, model_args)
-    _check_back(model, back)
+    back = _check_back(model, back, dls.device)
     skill = _earn_radiomics(model, dls, predictor)
     model.set_training_info(dls.description | dict(predictor_skill=skill))
     features = FeatureMaps() if perceptual is True else perceptual or None
     loss = SynthesisLoss(features, ramps).to(dls.device)
-    adversarial = AdversarialTerms(noise, skill is not None, None if back is None else back.to(dls.device))
-    own = [adversarial, WriteResults(folder), *_step_callbacks(dls, accumulate, clip, patience)]
+    own = [AdversarialTerms(noise, skill is not None, back), WriteResults(folder)]
+    own += _step_callbacks(dls, accumulate, clip, patience)
     run = dict(seed=seed, ramps=ramps, perceptual=getattr(features, 'name', None))
     best = 'ssim' if keep_best and metrics is None else None
     own = training_callbacks(own, model, model.system, best, folder, run)
@@ -401,7 +432,7 @@ def radiomics_gan_learner(
     options = dict(opt_func=_ADAM, moms=(.5, .5, .5), splitter=generator_parameters) | kwargs
     return Learner(dls, model, loss, lr=lr, metrics=metrics, cbs=[*own, *L(cbs)], **options)
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #a70f3ca4
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #48868b95
 def synthesis_cases(
     cohort:Cohort, # any cohort
     model:RadiomicsGAN|None=None, # its `views` say what is read; `None`: CC
@@ -432,12 +463,23 @@ def synthesis_outputs(
     inputs # batch of `SynthesisInputs`, not used
 )->dict: # images `drawn` and perhaps `drawn_mask`, and `mean_intensity` [B]
     "Take the drawings of a generator"
-    found = dict(mean_intensity=out[:, 0].double().mean((1, 2)), drawn=out[:, :1])
-    return found | (dict(drawn_mask=out[:, 1:]) if model.masks else {})
+    image = out[:, :1]
+    mean = image.double().mean((1, 2, 3))
+    found = dict(mean_intensity=mean, drawn=image)
+    if model.masks: found['drawn_mask'] = out[:, 1:]
+    return found
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #ec9768d4
-_NUMBERS = [f'{name}{region}' for region in ('', '_breast', '_lesion') for name in ('ssim', 'psnr', 'l1')]
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #12bf47e5
+_REGIONS = ('', '_breast', '_lesion')
+_NUMBERS = [f'{name}{region}' for region in _REGIONS for name in ('ssim', 'psnr', 'l1')]
 _NUMBERS += ['l1_sum', 'placement_mm', 'empty_mask']
+
+def _arrays(entries):
+    "The entries of a batch as arrays of float32"
+    arrays = {}
+    for name, tensor in entries.items():
+        arrays[name] = tensor.detach().float().cpu().numpy()
+    return arrays
 
 def _compare_lesion(drawn, source, places):
     "Where the drawn lesion is, against the read one"
@@ -455,24 +497,26 @@ def compare_views(
 )->dict: # numbers [B], NaN where there is no true view or no lesion
     "Compare the drawings of a batch with the true views"
     rows = []
-    arrays = {name: t.detach().float().cpu().numpy() for name, t in (out | inputs | targets).items()}
+    arrays = _arrays(out | inputs | targets)
     for k in range(len(inputs['source'])):
         own = {name: a[k, 0] for name, a in arrays.items() if a.ndim == 4}
         row = {}
         if arrays['has_target'][k]:
             lesion = own['target_mask'] if own['target_mask'].any() else None
             row = image_quality(own['drawn'], own['target'], 1., own['breast'], lesion)
-        rows.append(row | _compare_lesion(own.get('drawn_mask'), own['source_mask'], targets['nipples'][k]))
+        masks = own.get('drawn_mask'), own['source_mask']
+        rows.append(row | _compare_lesion(*masks, targets['nipples'][k]))
     table = pd.DataFrame(rows, columns=_NUMBERS, dtype=float)
-    table = table.replace(np.inf, 100.) # equal images, as in the tables of `image_quality`
+    table = table.replace(np.inf, PSNR_LIMIT) # of equal images
     return {name: torch.tensor(table[name].to_numpy()) for name in _NUMBERS}
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #a48e0da1
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #7a9cba78
 _TINY = dict(
     model_args=dict(width=4, depth=3, hidden=8), perceptual=False, accumulate=2, patience=None)
 _RADIOMICS_GAN = register(System(
     name='radiomics_gan', about='the other view of a breast, drawn from one view and its radiomics',
     model=RadiomicsGAN, cases=synthesis_cases, samples=synthesis_samples,
     outputs=synthesis_outputs, compare=compare_views, loaders=view_synthesis_dls,
-    learner=radiomics_gan_learner, evaluate=evaluate_images, primary='mean_intensity', monitor='ssim',
+    learner=radiomics_gan_learner, evaluate=evaluate_images,
+    primary='mean_intensity', monitor='ssim',
     small=dict(loaders=dict(bs=4, radiomics=False), learner=_TINY)))

@@ -85,14 +85,19 @@ def view_loss(
 
 # %% ../../nbs/losses/30_synthesis.ipynb #78fc8fc4
 SSIM_SIDE = 7 # pixels of the window
+_C1, _C2 = .01**2, .03**2 # for a data range of 1
 
 def _moments(a, b):
     "Means, variances and covariance in all windows, as scikit-image computes them"
-    mean = lambda x: F.avg_pool2d(x, SSIM_SIDE, 1)
+    both = torch.cat([a, b, a*a, b*b, a*b], 1)
+    means = F.avg_pool2d(both, SSIM_SIDE, 1)
+    a, b, aa, bb, ab = means.split(1, 1)
     n = SSIM_SIDE**2
-    mean_a, mean_b = mean(a), mean(b)
-    centred = mean(a*a)-mean_a**2, mean(b*b)-mean_b**2, mean(a*b)-mean_a*mean_b
-    return mean_a, mean_b, *(m*n/(n-1) for m in centred)
+    sample = n/(n-1) # of variances
+    var_a = sample*(aa-a*a)
+    var_b = sample*(bb-b*b)
+    cov = sample*(ab-a*b)
+    return a, b, var_a, var_b, cov
 
 def ssim_loss(
     drawn:Tensor, # [B,1,H,W] in [0, 1], at least 7 x 7 pixels
@@ -100,10 +105,11 @@ def ssim_loss(
 )->Tensor: # scalar, 0 for equal images
     "Compute 1 - SSIM (Wang et al. 2004, equation 13), in windows of 7 x 7 pixels"
     with torch.autocast(drawn.device.type, enabled=False):
-        mean_a, mean_b, var_a, var_b, cov = _moments(drawn.float(), true.float())
-        luminance = (2*mean_a*mean_b+1e-4)/(mean_a**2+mean_b**2+1e-4)
-        structure = (2*cov+9e-4)/(var_a+var_b+9e-4)
-        return 1-(luminance*structure).mean()
+        a, b, var_a, var_b, cov = _moments(drawn.float(), true.float())
+        luminance = (2*a*b + _C1)/(a*a + b*b + _C1)
+        structure = (2*cov + _C2)/(var_a + var_b + _C2)
+        similarity = luminance*structure
+        return 1-similarity.mean()
 
 # %% ../../nbs/losses/30_synthesis.ipynb #2892be4c
 class PerceptualLoss(nn.Module):

@@ -39,12 +39,15 @@ class FiLM(nn.Module):
         pairs = [head(told).chunk(2, 1) for head in self.heads]
         return [tuple(t[..., None, None] for t in pair) for pair in pairs]
 
-# %% ../../nbs/models/75_radiomics_gan.ipynb #e4be8284
+# %% ../../nbs/models/75_radiomics_gan.ipynb #f25a5dc5
 def _feature_classes(n):
     "Positions of the features of each class; one class for features of your own"
     if n != len(RADIOMICS_NAMES): return [list(range(n))]
-    classes = [name.split('_')[-2] for name in RADIOMICS_NAMES]
-    return [[k for k, c in enumerate(classes) if c == own] for own in dict.fromkeys(classes)]
+    classes = {}
+    for k, name in enumerate(RADIOMICS_NAMES):
+        kind = name.split('_')[-2]
+        classes.setdefault(kind, []).append(k)
+    return list(classes.values())
 
 class RadiomicsAttention(nn.Module):
     "Cells of a map attend to the classes of radiomics"
@@ -293,7 +296,7 @@ def condition(self:RadiomicsGAN,
         raise InputError('RadiomicsGAN', 'radiomics', found, f'{wanted} finite z-scores')
     return values.to(inputs['source'].dtype)
 
-# %% ../../nbs/models/75_radiomics_gan.ipynb #02f19a01
+# %% ../../nbs/models/75_radiomics_gan.ipynb #2a6c8e61
 @patch
 def forward(self:RadiomicsGAN,
     inputs:dict # `source` [B,1,H,W] in [0, 1]; perhaps `source_mask` and `radiomics` [B,102]
@@ -309,6 +312,8 @@ def judge(self:RadiomicsGAN,
     noise=None # function of the views in [-1, 1], such as `instance_noise`
 )->tuple: # patches [B,1,h,w], view logits [B,2]
     "Ask the critic about an image of the other view"
-    first, second = 2*self.source(inputs)-1, 2*other-1
-    if noise is not None: first, second = noise(first), noise(second)
-    return self.discriminator(first, second, self.condition(inputs))
+    noise = noise or nn.Identity()
+    first = noise(2*self.source(inputs) - 1)
+    second = noise(2*other - 1)
+    told = self.condition(inputs)
+    return self.discriminator(first, second, told)

@@ -257,6 +257,15 @@ _CHANGE = dict(
     flow=_change_flow, points=_change_points, boxes=_change_boxes,
     covariance=_change_covariance)
 
+# %% ../../nbs/samples/07_augment.ipynb #5e9e0a07
+def _images_by_grid(parts):
+    "The images of inputs and targets, by the name of their grid"
+    images = {}
+    for part in parts:
+        for name, field in part.fields().items():
+            if field.kind == 'image' and name in part: images[field.grid] = part[name]
+    return images
+
 # %% ../../nbs/samples/07_augment.ipynb #d50de6df
 class Augment(ItemTransform):
     "Small movements and changes of exposure, on a batch, in training only"
@@ -283,9 +292,7 @@ class Augment(ItemTransform):
     def encodes(self, b):
         new = [type(part)(part) if isinstance(part, Sample) else part for part in b]
         inputs = new[0]
-        images = {}
-        for part in new:
-            if isinstance(part, Sample): images.update(part.images_by_grid())
+        images = _images_by_grid([part for part in new if isinstance(part, Sample)])
         sizes = {grid: image.shape[-2:] for grid, image in images.items()}
         one = next(iter(images.values()))
         changes = _Changes(self, inputs, len(one), one.device)

@@ -54,11 +54,6 @@ class Sample(dict):
                 if isinstance(value, Field): found[name] = value
         return found
 
-    def images_by_grid(self):
-        "The images by the name of their grid"
-        fields = self.fields().items()
-        return {f.grid: self[name] for name, f in fields if f.kind == 'image' and name in self}
-
     def item(self,
         i:int # position in the batch
     )->'Sample': # one sample, of the same class

@@ -96,7 +96,7 @@ def image_radiomics(
               f'such as {first.finding_id}: {first["what"]}, {first.found}')
     return table.by_image()
 
-# %% ../../nbs/samples/35_view_synthesis.ipynb #3e06c1d5
+# %% ../../nbs/samples/35_view_synthesis.ipynb #419ba661
 class ViewSynthesisDataset(SampleDataset):
     "Breasts of a prepared cohort as `(SynthesisInputs, SynthesisTargets)`"
     input_type, target_type, case_name = SynthesisInputs, SynthesisTargets, 'breasts'
@@ -108,7 +108,7 @@ class ViewSynthesisDataset(SampleDataset):
         masks:bool=True, # read the lesion masks
         radiomics:pd.DataFrame|None=None, # of the images, see `image_radiomics`; `None`: zeros
         scaler:RadiomicsScaler|None=None, # fitted on training patients
-        condition_views:tuple|None=None, # whose radiomics are the condition; `None`: of the read view
+        condition_views:tuple|None=None, # whose radiomics are told; `None`: of the read view
         in_memory:bool|str='auto', # keep the images: `True`, `False`, or `'auto'`: up to 1 GiB
         split_idx:int=1 # 0 for training: only then is anything augmented
     ):
@@ -157,7 +157,7 @@ def make_conditions(self:ViewSynthesisDataset,
     self.conditions = radiomics_conditions(self.rows, radiomics, scaler, tuple(views))
     self.true_radiomics = _true_radiomics(self.rows, radiomics, scaler, self.views[1])
 
-# %% ../../nbs/samples/35_view_synthesis.ipynb #51b4d494
+# %% ../../nbs/samples/35_view_synthesis.ipynb #85da648d
 @patch
 def known_of(self:ViewSynthesisDataset,
     image_id:str|None # of the images table; `None`: a missing image
@@ -166,7 +166,8 @@ def known_of(self:ViewSynthesisDataset,
     if not isinstance(image_id, str): image_id = None
     if image_id not in self.known:
         empty = image_id is None or not self.masks
-        mask = torch.zeros(1, *self.size, dtype=bool) if empty else _mask_of(self.prepared, image_id)
+        mask = torch.zeros(1, *self.size, dtype=bool)
+        if not empty: mask = _mask_of(self.prepared, image_id)
         self.known[image_id] = mask, _place_of(self.prepared, image_id)
     return self.known[image_id]
 
@@ -218,7 +219,7 @@ def _conditions(prepared, tables, views, radiomics, progress):
     scaler = fit_scaler(radiomics, tables[0], views[0])
     return dict(radiomics=radiomics, scaler=scaler)
 
-# %% ../../nbs/samples/35_view_synthesis.ipynb #7353918e
+# %% ../../nbs/samples/35_view_synthesis.ipynb #e1603f36
 def view_synthesis_dls(
     prepared:PreparedCohort, # prepared images with a cohort that has splits
     bs:int=4, # breasts a batch
@@ -246,8 +247,8 @@ def view_synthesis_dls(
     options = dict(condition_views=condition_views, in_memory=in_memory)
     sets = []
     for split_idx, table in enumerate(tables):
-        own = ViewSynthesisDataset(prepared, table, views, masks, **known, **options, split_idx=split_idx)
-        sets.append(own)
+        own = known | options | dict(split_idx=split_idx)
+        sets.append(ViewSynthesisDataset(prepared, table, views, masks, **own))
     if augment is True: augment = Augment(rotate=4, shift=.03, scale=.04)
     dls = sample_dls(sets, bs, augment, seed, device, num_workers, 'view_synthesis_dls')
     about = dict(splits=[train, valid], views=list(views), masks=masks)
