@@ -46,7 +46,7 @@ from mammo_nb.metrics.bootstrap import bootstrap_ci, paired_difference
 from mammo_nb.metrics.image_quality import radiomics_distance, set_distance
 from mammo_nb.metrics.tables import select_output
 from mammo_nb.metrics.weighted import auc, weighted_mean
-from mammo_nb.models.feature_maps import FeatureMaps, ImageFeatures
+from mammo_nb.models.feature_maps import ImageFeatures
 from mammo_nb.models.radiomics_gan import RadiomicsGAN
 from mammo_nb.preparation.radiomics import RADIOMICS_NAMES, RadiomicsExtractor, lesion_region
 from mammo_nb.samples.loaders import prediction_dl
@@ -58,10 +58,10 @@ from mammo_nb.samples.view_synthesis import (
 SIZE = (128, 96)
 COHORT = dict(exams=1)
 NET = dict(width=16, depth=5, hidden=64)
-TRAIN = dict(bs=8, accumulate=1, lr=1e-3, epochs=12, predictor=20, strides=(4, 8))
+TRAIN = dict(bs=8, accumulate=1, lr=2e-3, epochs=8, predictor=10, exchange=True)
 CLASSIFIER = dict(epochs=8, lr=3e-3, bs=16)
 CLASSIFIER_NET = dict(width=16, heads=2, head_dim=16, embed=32, hidden=16)
-RAMPS = dict(gan=(.02, .1, 8), l1=(5., 5., 0), perceptual=(.5, .5, 0), ssim=(1., 1., 0), radiomics=(0., .5, 8))
+RAMPS = dict(gan=(.02, .05, 8), l1=5., ssim=6., radiomics=(0., .5, 2))
 VERBOSE = False
 MODULES = ('mammo_nb.learners.radiomics_gan', 'mammo_nb.preparation.cache')
 MEASURES = ('ssim_breast', 'psnr_breast', 'l1_breast', 'placement_mm', 'empty_mask')
@@ -106,7 +106,7 @@ def train_generator(prepared, rows, radiomics, kind, seed, path):
     dls = generator_dls(prepared, rows, radiomics, kind, seed)
     learn = radiomics_gan_learner(
         dls, model_args=NET, predictor=TRAIN['predictor'] if KINDS[kind][1] else None,
-        perceptual=FeatureMaps(strides=TRAIN['strides']), accumulate=TRAIN['accumulate'], ramps=RAMPS, patience=None, seed=seed, lr=TRAIN['lr'])
+        perceptual=False, accumulate=TRAIN['accumulate'], exchange=TRAIN['exchange'], ramps=RAMPS, patience=None, seed=seed, lr=TRAIN['lr'])
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(TRAIN['epochs'])
     if VERBOSE:

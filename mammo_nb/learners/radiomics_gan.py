@@ -56,22 +56,25 @@ def _constant(module):
     finally:
         for p in learning: p.requires_grad_(True)
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #435be887
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #d84777dd
 class AdversarialTerms(Callback):
     "Train the critic, and add what it says to the loss of the generator"
     order = -50
     def __init__(self,
         noise:float=.03, # standard deviation at the inputs of the critic, on the scale -1 to 1
         radiomics:bool=False, # with the loss of radiomics; the predictor is trained and frozen
+        exchange:bool=False, # ask for the radiomics of other lesions too
         back:nn.Module|None=None # frozen `RadiomicsGAN` of the other direction, for a cycle
     ):
-        self.noise, self.radiomics, self.back = noise, radiomics, back
+        self.noise, self.radiomics = noise, radiomics
+        self.exchange, self.back = exchange, back
         self.rows = [] # sums of the terms, one a batch of this epoch
 
     def run_config(self):
         "The settings that change what is learnt"
         has_back = self.back is not None
-        return dict(noise=self.noise, radiomics=self.radiomics, back=has_back)
+        settings = dict(noise=self.noise, radiomics=self.radiomics, exchange=self.exchange)
+        return settings | dict(back=has_back)
 
     @property
     def drawn_view(self): return unwrap_model(self.learn.model).views[1].upper()
@@ -123,7 +126,7 @@ def after_pred(self:AdversarialTerms):
     (loss*self.share()).backward()
     self.of_critic = {f'D_{name}': float(term.detach()) for name, term in terms.items()}
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #5d065086
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #a054bd9a
 @patch
 def further_terms(self:AdversarialTerms,
     drawn:Tensor # [B,1 or 2,H,W] with its gradient
@@ -134,16 +137,29 @@ def further_terms(self:AdversarialTerms,
     with _constant(model.discriminator):
         terms = loss.critic_terms(*model.judge(self.inputs, drawn, noise), self.drawn_view)
     if self.radiomics and loss.weights['radiomics']:
-        asked = self.inputs['radiomics']
-        asked = torch.where((asked != 0).any(1, keepdim=True), asked, torch.nan)
-        term = radiomics_loss(model.predictor(drawn), asked)
-        terms |= loss.weighted(dict(radiomics=term))
+        terms |= loss.weighted(dict(radiomics=self.radiomics_term(model, drawn)))
     if self.back is not None:
         read = dict(source=drawn[:, :1], source_mask=drawn[:, 1:] if model.masks else None)
         again = self.back(read)[:, :1]
         difference = (again-self.inputs['source']).abs().mean()
         terms |= loss.weighted(dict(cycle=2*difference))
     return terms
+
+@patch
+def radiomics_term(self:AdversarialTerms,
+    model:nn.Module, # the `RadiomicsGAN`
+    drawn:Tensor # [B,1 or 2,H,W] with its gradient
+)->Tensor: # scalar
+    "Compare the radiomics that drawings seem to have with those that were asked for"
+    asked = self.inputs['radiomics']
+    has_lesion = (asked != 0).any(1)
+    known = torch.where(has_lesion[:, None], asked, torch.nan)
+    term = radiomics_loss(model.predictor(drawn), known)
+    if not self.exchange or has_lesion.sum() < 2: return term
+    own = {name: values[has_lesion] for name, values in self.inputs.items()}
+    own['radiomics'] = own['radiomics'].roll(1, 0)
+    other = radiomics_loss(model.predictor(model(own)), own['radiomics'])
+    return (term+other)/2
 
 @patch
 def after_loss(self:AdversarialTerms):
@@ -393,7 +409,7 @@ def _step_callbacks(dls, accumulate, clip, patience):
     if patience: cbs.append(EarlyStopping('ssim', patience=patience))
     return cbs
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #120ac0e7
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #1be436ab
 @delegates(Learner.__init__)
 def radiomics_gan_learner(
     dls:DataLoaders, # from `view_synthesis_dls`
@@ -402,6 +418,7 @@ def radiomics_gan_learner(
     predictor=None, # for the radiomics loss: epochs to train it, or a `RadiomicsGAN` that has one
     perceptual=True, # deep features: `True`: `FeatureMaps()`; `False`; or a frozen network of maps
     ramps:dict|None=None, # weights of the terms, see `ramp_weights`
+    exchange:bool=False, # ask in the radiomics loss for those of other lesions too
     back:RadiomicsGAN|None=None, # trained in the other direction, for a cycle
     accumulate:int=4, # batches whose gradients are added
     clip:float|None=1., # largest norm of the gradient of each network
@@ -423,7 +440,7 @@ def radiomics_gan_learner(
     model.set_training_info(dls.description | dict(predictor_skill=skill))
     features = FeatureMaps() if perceptual is True else perceptual or None
     loss = SynthesisLoss(features, ramps).to(dls.device)
-    own = [AdversarialTerms(noise, skill is not None, back), WriteResults(folder)]
+    own = [AdversarialTerms(noise, skill is not None, exchange, back), WriteResults(folder)]
     own += _step_callbacks(dls, accumulate, clip, patience)
     run = dict(seed=seed, ramps=ramps, perceptual=getattr(features, 'name', None))
     best = 'ssim' if keep_best and metrics is None else None
