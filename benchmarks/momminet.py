@@ -12,12 +12,13 @@ false positives an image; a mass is hit by a box with more than 0.2 of overlap (
 - `ipsi_box_location`, `ipsi_image_centre`: the geometry of the relation blocks from box centres in the image, or
   from distances to the centre of the image. `ipsi_shuffled_nipples`: nipples of other images of the same view,
   in training and in test
-- `tri`: the fusion network, trained on maps of patients that the networks that made them did not know
+- `tri`: the fusion network, trained on maps of patients that the networks that made them did not know; every mass
+  counts alike in its loss, and its map rates the boxes of both networks
 
 Networks of one training seed share their beginning. A detector of single views is trained first. Every detector
 starts from it, keeps its first stage (HRNet, pyramid, proposals), and trains its second stage for the same number
 of steps, `single` too. So detectors differ in what they do with the same proposals. `bi` starts from its HRNet.
-The networks of the folds are made in the same way from patients of the other fold.
+The networks of the two folds are made in the same way, in as many steps, from patients of the other fold.
 
 Values are means over the training seeds. Intervals are from a bootstrap over patients, so they contain the
 variation of patients, not of trainings. `best_dual` is the better of `bi` and `ipsi` on the *test* patients at 0.5
@@ -68,7 +69,7 @@ BOXES = dict(
     n_sampled=32)
 TRAIN = dict(
     bs=16, first=5, second=7, bi=5, lr=2e-3, lr_second=1e-3, lr_bi=3e-3, clip=12., folds=2)
-FUSION = dict(width=32, epochs=2, lr=3e-3)
+FUSION = dict(width=32, epochs=4, lr=3e-3, mass_pixels=115.) # a mass of mean size
 DETECTORS = dict( # row -> what differs from `ipsi`
     single=dict(ipsilateral=False), ipsi_concat=dict(relation=False), ipsi=dict(),
     ipsi_box_location=dict(geometry='box_location'),
@@ -160,32 +161,32 @@ def kept(path, model, train):
     model.load_state_dict(load_tensors(path))
     return model.eval()
 
-def first_network(seed, prepared, geometry, rows, path):
-    "The detector of single views from which all start"
+def first_network(seed, prepared, geometry, rows, path, times=1):
+    "The detector of single views from which all start; `times` as many epochs"
     def train(model):
         dls = make_loaders(seed, prepared, geometry | dict(flows=None), two_views(rows))
-        return fit_variant(model, 'single', seed, dls, TRAIN['first'], TRAIN['lr'])
+        return fit_variant(model, 'single', seed, dls, times*TRAIN['first'], TRAIN['lr'])
     seed_everything(seed)
     return kept(path, IpsiDualNet(**DETECTORS['single'], **BOXES, **HRNET), train)
 
-def second_stages(names, seed, prepared, geometry, rows, first, path):
+def second_stages(names, seed, prepared, geometry, rows, first, path, times=1):
     "Detectors that start from `first`, by row"
     def train(model):
         dls = make_loaders(seed, prepared, geometry | dict(flows=None), two_views(rows))
         cbs = [DetectionBatch(), GradientClip(TRAIN['clip']), NoValidation()]
         learn = Learner(dls, model, DetectionLoss(), wd=.01, cbs=cbs)
-        return fit(learn, TRAIN['second'], TRAIN['lr_second'])
+        return fit(learn, times*TRAIN['second'], TRAIN['lr_second'])
     seed_everything(seed)
     nets = {name: IpsiDualNet(**DETECTORS[name], **BOXES, **HRNET) for name in names}
     for net in nets.values():
         net.start_from(first).to(memory_format=torch.channels_last)
     return kept(path, SecondStages(nets), train).detectors
 
-def bi_network(seed, prepared, geometry, rows, first, path):
+def bi_network(seed, prepared, geometry, rows, first, path, times=1):
     "`bi`, from the HRNet of `first`"
     def train(model):
         dls = make_loaders(seed, prepared, geometry, rows)
-        return fit_variant(model, 'bi', seed, dls, TRAIN['bi'], TRAIN['lr_bi'])
+        return fit_variant(model, 'bi', seed, dls, times*TRAIN['bi'], TRAIN['lr_bi'])
     seed_everything(seed)
     model = BiDualNet(**HRNET)
     model.encoder.load_state_dict(first.pyramid.encoder.state_dict())
@@ -255,9 +256,10 @@ def fold_maps(run, k):
     held_out[(run.known.split == 'train').to_numpy()] = number_of_folds(run) == k
     rows, geometry = run.known[~held_out], run.geometry()
     shared = run.seed, run.prepared, geometry, rows
-    first = first_network(*shared, run.path(f'first_fold{k}'))
-    detectors = second_stages(['ipsi'], *shared, first, run.path(f'second_fold{k}'))
-    bi = bi_network(*shared, first, run.path(f'bi_fold{k}'))
+    times = 2 # half of the patients: as many steps
+    first = first_network(*shared, run.path(f'first_fold{k}'), times)
+    detectors = second_stages(['ipsi'], *shared, first, run.path(f'second_fold{k}'), times)
+    bi = bi_network(*shared, first, run.path(f'bi_fold{k}'), times)
     nets = detectors['ipsi'], bi
     maps = maps_of(nets, run.prepared, geometry, run.known[held_out])
     save_tensors(maps, path)
@@ -300,7 +302,8 @@ def run_tri(run):
         return fit_variant(model, 'tri', run.seed, dls, FUSION['epochs'], FUSION['lr'])
     seed_everything(run.seed)
     name = f'tri_{tag(FUSION, inspect.getsource(run_tri))}'
-    model = kept(run.path(name), IntegratedFusionNet(*nets, width=FUSION['width']), train)
+    options = dict(width=FUSION['width'], mass_pixels=FUSION['mass_pixels'])
+    model = kept(run.path(name), IntegratedFusionNet(*nets, **options), train)
     return dict(tri=run.boxes(name, model, geometry))
 
 # The rival that costs nothing

@@ -24,7 +24,8 @@ def pixel_focal_loss(
     gamma:float=2., # 0: cross-entropy
     alpha:float=.25, # weight of a mass's pixel, in [0, 1]; others have `1-alpha`
     divide_by:str='mean', # number of pixels, or of `positives`
-    valid:Tensor|None=None # [B,1,H,W] 1: the pixel counts; `None`: all
+    valid:Tensor|None=None, # [B,1,H,W] 1: the pixel counts; `None`: all
+    weights:Tensor|None=None # [B,1,H,W] how much a pixel counts; `None`: 1
 )->Tensor: # scalar, of all processes; 0 where nothing counts
     "Compute the focal loss of every pixel"
     check_in(divide_by, DIVISORS, 'pixel_focal_loss', 'divide_by')
@@ -36,6 +37,7 @@ def pixel_focal_loss(
     z = torch.where(counts > 0, logits, 0.).float()
     y = torch.where(counts > 0, targets, 0.).float()
     each = counts*sigmoid_focal_loss(z, y, alpha, gamma)
+    if weights is not None: each = each*weights
     return distributed_mean(each, counts if divide_by == 'mean' else y)
 
 # %% ../../nbs/losses/20_detection.ipynb #4dace5bb
@@ -115,8 +117,9 @@ class MassMapLoss(nn.Module):
         self.options = dict(gamma=gamma, alpha=alpha, divide_by=divide_by)
         self.dice_weight = dice_weight
 
-    def forward(self, logits, targets, valid=None):
-        loss = pixel_focal_loss(logits, targets, **self.options, valid=valid)
+    def forward(self, logits, targets, valid=None, weights=None):
+        counts = dict(valid=valid, weights=weights)
+        loss = pixel_focal_loss(logits, targets, **self.options, **counts)
         if self.dice_weight:
             loss = loss + self.dice_weight*dice_loss(logits, targets, valid)
         return loss
