@@ -149,6 +149,26 @@ def test_parts_of_every_epoch_add_up(prepared, images):
     assert list(table)[:10] == 'epoch loss_G loss_D loss_GAN loss_L1 loss_percep loss_rad val_L1 val_SSIM val_PSNR'.split()
 
 
+def test_exchange_asks_for_the_radiomics_of_other_lesions(prepared, images):
+    "Half of the term is that of the own radiomics, half that of the next lesion of the batch, by hand"
+    dls = view_synthesis_dls(prepared, radiomics=images, bs=8, augment=None, seed=0, device='cpu')
+    learn = radiomics_gan_learner(dls, model_args=SMALL, predictor=30, exchange=True, **QUIET)
+    model, cb = learn.model.eval(), learn.adversarial_terms
+    with torch.no_grad():
+        for head in model.generator.film.heads: head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    cb.inputs, _ = dls.one_batch()
+    told = cb.inputs['radiomics']
+    lesions = (told != 0).any(1)
+    assert 2 <= int(lesions.sum()) < len(told)
+    with torch.no_grad():
+        term = float(cb.radiomics_term(model, model(cb.inputs)))
+        values = []
+        for asked in (told[lesions], told[lesions].roll(1, 0)):
+            own = {name: v[lesions] for name, v in cb.inputs.items()} | dict(radiomics=asked)
+            values.append(float((model.predictor(model(own))-asked).abs().mean()))
+    assert term == pytest.approx(sum(values)/2, rel=1e-4)
+
+
 def test_both_optimizers_follow_the_schedule(prepared):
     dls = view_synthesis_dls(prepared, radiomics=False, bs=4, seed=0, device='cpu')
     learn = radiomics_gan_learner(dls, model_args=SMALL, accumulate=1, **QUIET)

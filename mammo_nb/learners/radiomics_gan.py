@@ -126,7 +126,7 @@ def after_pred(self:AdversarialTerms):
     (loss*self.share()).backward()
     self.of_critic = {f'D_{name}': float(term.detach()) for name, term in terms.items()}
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #a054bd9a
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #979768f9
 @patch
 def further_terms(self:AdversarialTerms,
     drawn:Tensor # [B,1 or 2,H,W] with its gradient
@@ -145,6 +145,14 @@ def further_terms(self:AdversarialTerms,
         terms |= loss.weighted(dict(cycle=2*difference))
     return terms
 
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #05081a1d
+def _read(model, drawn):
+    "Predicted radiomics of drawings, whose masks are constants"
+    image = drawn[:, :1]
+    mask = drawn[:, 1:].detach()
+    both = torch.cat([image, mask], 1)
+    return model.predictor(both)
+
 @patch
 def radiomics_term(self:AdversarialTerms,
     model:nn.Module, # the `RadiomicsGAN`
@@ -154,11 +162,11 @@ def radiomics_term(self:AdversarialTerms,
     asked = self.inputs['radiomics']
     has_lesion = (asked != 0).any(1)
     known = torch.where(has_lesion[:, None], asked, torch.nan)
-    term = radiomics_loss(model.predictor(drawn), known)
+    term = radiomics_loss(_read(model, drawn), known)
     if not self.exchange or has_lesion.sum() < 2: return term
     own = {name: values[has_lesion] for name, values in self.inputs.items()}
     own['radiomics'] = own['radiomics'].roll(1, 0)
-    other = radiomics_loss(model.predictor(model(own)), own['radiomics'])
+    other = radiomics_loss(_read(model, model(own)), own['radiomics'])
     return (term+other)/2
 
 @patch
