@@ -1,5 +1,4 @@
 "RadiomicsGAN in a fastai Learner: two optimizers, gradients that add up, a training that is stopped, and what a prediction may know."
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -177,6 +176,25 @@ def test_both_optimizers_follow_the_schedule(prepared):
     assert learn.step_critic.second.hypers[-1]['lr'] == learn.opt.hypers[-1]['lr']
     for part in ('generator', 'discriminator'):
         assert any(not torch.equal(p, start[n]) for n, p in learn.model.named_parameters() if n.startswith(part))
+
+
+def test_a_search_for_a_learning_rate_changes_nothing(prepared):
+    "Neither the weights nor the moments of the critic"
+    dls = view_synthesis_dls(prepared, radiomics=False, bs=4, seed=0, device='cpu')
+    learn = fit(radiomics_gan_learner(dls, model_args=SMALL, accumulate=1, **QUIET))
+    before = model_version(learn.model), [dict(s) for s in learn.step_critic.second.state_dict()['state']]
+    before[1][0]['grad_avg'] = before[1][0]['grad_avg'].clone()
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=20, show_plot=False)
+    assert model_version(learn.model) == before[0]
+    assert torch.equal(learn.step_critic.second.state_dict()['state'][0]['grad_avg'], before[1][0]['grad_avg'])
+    fit(learn)
+
+
+def test_without_pyradiomics_the_error_says_what_to_do(prepared, monkeypatch):
+    def missing(*args, **kwargs): raise ImportError('Radiomics needs the package pyradiomics-bhklab')
+    monkeypatch.setattr('mammo_nb.samples.view_synthesis.extract_radiomics', missing)
+    with pytest.raises(InputError, match='radiomics=False'):
+        view_synthesis_dls(prepared, bs=4, device='cpu')
 
 
 def test_a_predictor_must_beat_the_mean(prepared, images):

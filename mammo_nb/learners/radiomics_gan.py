@@ -7,8 +7,9 @@ __all__ = ['PUBLISHED_COLUMNS', 'AdversarialTerms', 'StepCritic', 'mean_terms', 
            'measure_predictor', 'train_predictor', 'generator_parameters', 'radiomics_gan_learner', 'synthesis_cases',
            'synthesis_samples', 'synthesis_outputs', 'compare_views']
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #4f843793
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #cd2b7d37
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -56,7 +57,7 @@ def _constant(module):
     finally:
         for p in learning: p.requires_grad_(True)
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #d84777dd
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #9eb0e0ad
 class AdversarialTerms(Callback):
     "Train the critic, and add what it says to the loss of the generator"
     order = -50
@@ -80,7 +81,6 @@ class AdversarialTerms(Callback):
     def drawn_view(self): return unwrap_model(self.learn.model).views[1].upper()
 
     def before_train(self):
-        if not is_fitting(self.learn): return
         self.rows = []
         self.learn.loss_func.set_epoch(self.epoch)
 
@@ -182,7 +182,7 @@ def after_loss(self:AdversarialTerms):
     for name, term in parts.items(): row[name] = float(term.detach())
     self.rows.append(row | self.of_critic)
 
-# %% ../../nbs/learners/55_radiomics_gan.ipynb #6d9fc4d4
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #726de0c2
 class StepCritic(Callback):
     "Let the critic step with the generator, gradients of both clipped"
     order = 12 # after `GradientAccumulation` and `MixedPrecision`, which may cancel the step
@@ -192,7 +192,7 @@ class StepCritic(Callback):
         ratio:float=1. # learning rate of the critic by that of the generator
     ):
         self.clip, self.ratio = clip, ratio
-        self.second, self.made_for = None, None
+        self.second, self.made_for, self.before = None, None, None
 
     def run_config(self):
         "The settings that change what is learnt"
@@ -200,10 +200,17 @@ class StepCritic(Callback):
 
     def before_fit(self):
         "Make the second optimizer, of the same kind, where the learner has a new one"
-        if not is_fitting(self.learn) or self.made_for is self.learn.opt: return
         critic = unwrap_model(self.learn.model).discriminator
-        self.second = self.learn.opt_func([list(critic.parameters())], lr=self.learn.lr)
-        self.made_for = self.learn.opt
+        if self.made_for is not self.learn.opt:
+            self.second = self.learn.opt_func([list(critic.parameters())], lr=self.learn.lr)
+            self.made_for = self.learn.opt
+        search = not is_fitting(self.learn) # for a learning rate
+        self.before = deepcopy(self.second.state_dict()) if search else None
+
+    def after_fit(self):
+        "Forget the steps of a search for a learning rate, as the learner does"
+        if self.before is not None: self.second.load_state_dict(self.before)
+        self.before = None
 
     def before_step(self):
         "Clip both, and step with the critic"

@@ -80,7 +80,7 @@ def _place_of(prepared, image_id):
     spacing = prepared.load(image_id).spacing_mm or math.nan
     return torch.tensor([*nipple, spacing])
 
-# %% ../../nbs/samples/35_view_synthesis.ipynb #c695d958
+# %% ../../nbs/samples/35_view_synthesis.ipynb #ea045d79
 def image_radiomics(
     prepared:PreparedCohort, # the prepared images
     image_ids, # whose lesions are measured
@@ -88,7 +88,11 @@ def image_radiomics(
 )->pd.DataFrame: # a row an image with lesions, as from `RadiomicsTable.by_image`
     "Measure the lesions of some images"
     wanted = [i for i in dict.fromkeys(image_ids) if i in prepared.keys]
-    table = extract_radiomics(select_images(prepared, wanted), progress=progress)
+    lesions = select_images(prepared, wanted)
+    try: table = extract_radiomics(lesions, progress=progress)
+    except ImportError as e:
+        expected = "PyRadiomics (the extra 'radiomics'), or radiomics=False"
+        raise InputError('view_synthesis_dls', 'radiomics', str(e), expected) from e
     if len(table.failures):
         first = table.failures.iloc[0]
         total = len(table)+len(table.failures)
