@@ -14,15 +14,15 @@ of the lesion from the nipple differs between the CC and the drawing, where a le
 share of lesions of which none was. `radiomics_distance`: root mean square of the difference between the radiomics
 of the drawn and the true MLO lesion, as z-scores of training lesions that are cut off at 5. A drawn lesion of fewer
 than 4 pixels is not measured. FID and KID name their network; `real_mlo` is what two halves of the true test images
-have.
+have; all sets are compared with the second half of the true ones, and are of the patients of the first half.
 
 - `true_radiomics - shuffled`: the same generator, told the radiomics of other lesions. Only lesions that are drawn
   with both count.
-- `with_radiomics - without`: against a generator that reads no radiomics and has no loss of them, trained alike.
+- `with_radiomics - without`: against a generator that reads no radiomics and has no loss of them.
 
-In training the masks that are read grow by 0 to 6 pixels, as loose annotations do, so that size and shape of a
-lesion are learnt from the radiomics. Without this the drawings of true and of shuffled radiomics hardly differ: the
-mask tells both.
+In training the masks that a generator with radiomics reads grow by 0 to 6 pixels, as loose annotations do, so that
+it learns size and shape of a lesion from the radiomics. Without this the drawings of true and of shuffled radiomics
+hardly differ: the mask shows both. `without` has only the mask, and learns from masks as they are.
 
 Downstream: a Mammo-Net reads CC and a second image, trained on patients of which the generator saw none, three
 times each. `cc_and_synthetic_mlo` reads drawings that were made *without masks and radiomics*: annotations exist
@@ -63,6 +63,7 @@ from mammo_nb.metrics.weighted import auc, weighted_mean
 from mammo_nb.models.feature_maps import ImageFeatures
 from mammo_nb.models.radiomics_gan import RadiomicsGAN
 from mammo_nb.preparation.radiomics import RADIOMICS_NAMES, RadiomicsExtractor, lesion_region
+from mammo_nb.samples.augment import Augment
 from mammo_nb.samples.loaders import prediction_dl
 from mammo_nb.samples.two_view import TwoViewDataset, two_view_dls
 from mammo_nb.samples.view_synthesis import (
@@ -73,7 +74,8 @@ SIZE = (128, 96)
 COHORT = dict(exams=1)
 NET = dict(width=16, depth=5, hidden=64)
 TRAIN = dict(bs=8, lr=2e-3, epochs=8)
-OPTIONS = dict(perceptual=False, accumulate=1, patience=None, exchange=True, loose=6)
+OPTIONS = dict(perceptual=False, accumulate=1, patience=None, exchange=True)
+AUGMENT = dict(rotate=4, shift=.03, scale=.04, gain=0., gamma=0.)
 PREDICTOR = 20 # epochs
 CLASSIFIER = dict(epochs=8, lr=3e-3, bs=16)
 CLASSIFIER_NET = dict(width=16, heads=2, head_dim=16, embed=32, hidden=16)
@@ -82,7 +84,8 @@ SMALLEST = 4 # pixels of a lesion that is measured
 MODULES = ('mammo_nb.learners.radiomics_gan', 'mammo_nb.preparation.cache')
 MEASURES = ('ssim_breast', 'psnr_breast', 'l1_breast', 'placement_mm', 'empty_mask')
 PATIENTS = dict(generator=450, classifier=700) # of training and validation, up to this index
-KINDS = dict(with_radiomics=(True, True), without=(True, False), plain=(False, False)) # masks, radiomics
+KINDS = dict( # masks, radiomics, pixels by which masks grow in training
+    with_radiomics=(True, True, 6), without=(True, False, 0), plain=(False, False, 0))
 LOOKS = dict( # what the classifier reads beside the CC, in training and in test
     cc=('cc', 'cc'), cc_and_mlo=('mlo', 'mlo'), cc_and_synthetic_mlo=('plain', 'plain'),
     cc_and_annotated_mlo=('with_radiomics', 'with_radiomics'),
@@ -109,10 +112,10 @@ def split_rows(prepared):
 
 def generator_dls(prepared, rows, radiomics, kind, seed):
     "Loaders of a generator"
-    masks, told = KINDS[kind]
+    masks, with_radiomics, _ = KINDS[kind]
     return view_synthesis_dls(
-        prepared, rows=rows, bs=TRAIN['bs'], masks=masks, radiomics=radiomics if told else False,
-        in_memory=True, seed=seed, device='cpu')
+        prepared, rows=rows, bs=TRAIN['bs'], masks=masks, radiomics=radiomics if with_radiomics else False,
+        augment=Augment(**AUGMENT), in_memory=True, seed=seed, device='cpu')
 
 def train_generator(prepared, rows, radiomics, kind, seed, path):
     "Train a generator once; nothing is returned, the weights are in `path`"
@@ -120,23 +123,24 @@ def train_generator(prepared, rows, radiomics, kind, seed, path):
         return
     seed_everything(seed)
     dls = generator_dls(prepared, rows, radiomics, kind, seed)
-    predictor = PREDICTOR if KINDS[kind][1] else None
+    _, with_radiomics, loose = KINDS[kind]
     learn = radiomics_gan_learner(
-        dls, model_args=NET, predictor=predictor, ramps=RAMPS, seed=seed, lr=TRAIN['lr'], **OPTIONS)
+        dls, model_args=NET, predictor=PREDICTOR if with_radiomics else None, ramps=RAMPS, loose=loose,
+        seed=seed, lr=TRAIN['lr'], **OPTIONS)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(TRAIN['epochs'])
     weights_or_train(path, learn.model, lambda model: model)
 
 def load_generator(kind, path):
     "A trained generator"
-    masks, told = KINDS[kind]
-    model = RadiomicsGAN(masks=masks, radiomics=told, **NET)
+    masks, with_radiomics, _ = KINDS[kind]
+    model = RadiomicsGAN(masks=masks, radiomics=with_radiomics, **NET)
     return weights_or_train(path, model, None)
 
 def samples_of(prepared, rows, radiomics, scaler, kind='with_radiomics'):
     "The samples that a generator reads"
-    masks, told = KINDS[kind]
-    known = dict(radiomics=radiomics, scaler=scaler) if told else {}
+    masks, with_radiomics, _ = KINDS[kind]
+    known = dict(radiomics=radiomics, scaler=scaler) if with_radiomics else {}
     return ViewSynthesisDataset(prepared, rows, masks=masks, in_memory=True, **known)
 
 def gather(dataset):
@@ -299,13 +303,12 @@ def add_differences(bench, found, n_seeds):
             own, other = ([t[metric] for t in tables] for tables in (found['radiomics_gan'], others))
             add_difference(bench, name, own, other, metric)
 
-def add_sets(bench, drawn, true):
-    "FID and KID of the drawings, and of two halves of the true images"
+def add_sets(bench, images, true, patients):
+    "FID and KID of drawings and rivals of the first half of the patients, against the true images of the second"
     network = ImageFeatures()
-    half = len(true)//2
-    sets = dict(radiomics_gan=(drawn[:, :1], true), real_mlo=(true[:half], true[half:]))
-    for name, (a, b) in sets.items():
-        found = set_distance(a, b, network)
+    in_first = patients.isin(patients.unique()[:patients.nunique()//2]).to_numpy()
+    for name, own in (images | dict(real_mlo=true)).items():
+        found = set_distance(own[in_first, :1], true[~in_first], network)
         for metric in ('fid', 'kid'):
             bench.add(f'{name}, {found["network"]}', metric, found[metric], n=found['n_drawn'])
 
@@ -322,9 +325,9 @@ def start(a):
     "Open the results of a run"
     config = dict(
         cohort=settings_name(InSilicoConfig(seed=a.seed, **COHORT)), patients=PATIENTS, test_of=a.test_of,
-        size=SIZE, net=NET, train=TRAIN, options=OPTIONS, predictor=PREDICTOR, ramps=RAMPS,
+        size=SIZE, net=NET, train=TRAIN, options=OPTIONS, augment=AUGMENT, predictor=PREDICTOR, ramps=RAMPS,
         classifier=CLASSIFIER, classifier_net=CLASSIFIER_NET)
-    cost = 'about 55 minutes on 2 cores, half of it to train generators'
+    cost = 'about an hour on 2 cores, most of it to train seven generators'
     return Bench('radiomics_gan', a.seed, config, cost, train_seeds=a.train_seeds)
 
 def trained_generators(prepared, rows, radiomics, folder, seeds):
@@ -334,6 +337,10 @@ def trained_generators(prepared, rows, radiomics, folder, seeds):
     run_jobs([(train_generator, prepared, rows, radiomics, *key, path) for key, path in paths.items()])
     return paths
 
+def by_image(dataset, images):
+    "MLO image id -> its second image, each with memory of its own, so that a process gets no more than its share"
+    return {image_id: image.clone() for image_id, image in zip(dataset.rows.image_id_mlo, images)}
+
 def draw_views(prepared, rows, radiomics, scaler, paths, seed, kinds):
     "Kind -> MLO image id -> drawn image, by the generators of one training seed"
     images = {}
@@ -341,7 +348,7 @@ def draw_views(prepared, rows, radiomics, scaler, paths, seed, kinds):
         model = load_generator(kind, paths[kind, seed])
         dataset = samples_of(prepared, rows, radiomics, scaler, kind)
         drawn = draw(model, gather(dataset)[0])[:, :1]
-        images[kind] = dict(zip(dataset.rows.image_id_mlo, drawn))
+        images[kind] = by_image(dataset, drawn)
     return images
 
 def measure_all(bench, prepared, rows, tested, radiomics, paths, seeds):
@@ -351,15 +358,18 @@ def measure_all(bench, prepared, rows, tested, radiomics, paths, seeds):
     sets = [samples_of(prepared, part, radiomics, scaler) for part in (train_rows, tested)]
     train, (x, y) = map(gather, sets)
     def measured(drawn): return measure(drawn, x, y, sets[1].rows, mlo_scaler)
-    found = {name: [measured(drawn)] for name, drawn in rivals(train, (x, y)).items()}
+    images = rivals(train, (x, y))
+    found = {name: [measured(drawn)] for name, drawn in images.items()}
     shuffled = {**x, 'radiomics': shuffle_lesions(x['radiomics'], int(bench.run['data_seed']))}
     names = dict(
-        radiomics_gan=('with_radiomics', x), without=('without', x), shuffled=('with_radiomics', shuffled))
+        radiomics_gan=('with_radiomics', x), shuffled=('with_radiomics', shuffled),
+        without=('without', x))
     for name, (kind, inputs) in names.items():
         drawn = [draw(load_generator(kind, paths[kind, seed]), inputs) for seed in seeds]
-        found[name] = [measured(images) for images in drawn]
-        if name == 'radiomics_gan':
-            add_sets(bench, drawn[0], y['target'])
+        found[name] = [measured(own) for own in drawn]
+        images[name] = drawn[0]
+    del images['shuffled']
+    add_sets(bench, images, y['target'], sets[1].rows.patient_id)
     add_values(bench, found)
     add_differences(bench, found, len(seeds))
     return scaler
@@ -377,7 +387,7 @@ def main(argv=None):
     rows, classified, tested = split_rows(prepared)
     ids = pd.concat([rows, classified, tested])[['image_id_cc', 'image_id_mlo']].to_numpy().ravel()
     radiomics = image_radiomics(prepared, ids, progress=True)
-    recipe = (SIZE, NET, TRAIN, OPTIONS, PREDICTOR, RAMPS, PATIENTS, KINDS)
+    recipe = (SIZE, NET, TRAIN, OPTIONS, AUGMENT, PREDICTOR, RAMPS, PATIENTS, KINDS)
     folder = recipe_folder(base, 'radiomics_gan', recipe, [train_generator, generator_dls], MODULES)
     folder.mkdir(parents=True, exist_ok=True)
     paths = trained_generators(prepared, rows, radiomics, folder, a.train_seeds)
@@ -387,7 +397,7 @@ def main(argv=None):
     kinds = ('plain', 'with_radiomics')
     images = draw_views(prepared, both, radiomics, scaler, paths, a.train_seeds[0], kinds)
     dataset = samples_of(prepared, both, radiomics, scaler)
-    images |= dict(mlo=None, cc=dict(zip(dataset.rows.image_id_mlo, gather(dataset)[0]['source'])))
+    images |= dict(mlo=None, cc=by_image(dataset, gather(dataset)[0]['source']))
     recipe = (recipe, CLASSIFIER, CLASSIFIER_NET, LOOKS)
     modules = (*MODULES, 'mammo_nb.learners.mammonet')
     folder = recipe_folder(base, 'radiomics_gan_classifiers', recipe, [train_classifier, look], modules)

@@ -246,7 +246,7 @@ def test_numbers_of_equal_images_are_perfect(prepared):
 def test_the_condition_of_a_prediction_is_read_from_one_view(prepared, images, monkeypatch):
     "Only lesions of the CC are measured, and the scale is that of the training"
     asked = []
-    def measure(prepared, ids, progress=False):
+    def measure(prepared, ids, progress=False, spacing_mm=None):
         asked.extend(ids)
         return images[images.image_id.isin(ids)]
     monkeypatch.setattr('mammo_nb.learners.radiomics_gan.image_radiomics', measure)
@@ -259,3 +259,111 @@ def test_the_condition_of_a_prediction_is_read_from_one_view(prepared, images, m
     order = dls.train_ds.rows.image_id_cc.tolist()
     conditions = pd.Series(list(dataset.conditions[own]), dataset.rows.image_id_cc[own]).loc[order]
     np.testing.assert_array_equal(np.stack(conditions), dls.train_ds.conditions)
+
+
+# ---- what went wrong in silence
+
+
+def test_fit_has_the_momentum_of_the_source(prepared):
+    "fastai's own is .9, which `fit` would take"
+    dls = view_synthesis_dls(prepared, radiomics=False, bs=4, seed=0, device='cpu')
+    learn = fit(radiomics_gan_learner(dls, model_args=SMALL, accumulate=1, **QUIET))
+    for opt in (learn.opt, learn.step_critic.second): assert opt.hypers[-1]['mom'] == .5
+
+
+def test_gradients_of_an_earlier_training_are_forgotten(prepared, images):
+    "Five batches and three accumulated ones leave two over"
+    class First(Callback):
+        order = -100
+        def before_batch(self):
+            if hasattr(self, 'left'): return
+            self.left = [float(p.grad.abs().max()) for p in self.learn.model.parameters() if p.grad is not None]
+    dls = view_synthesis_dls(prepared, radiomics=images, bs=4, seed=0, device='cpu')
+    learn = fit(radiomics_gan_learner(dls, model_args=SMALL, accumulate=3, **QUIET))
+    over = [float(p.grad.abs().max()) for p in learn.model.parameters() if p.grad is not None]
+    assert max(over) > 0
+    learn.add_cb(First())
+    fit(learn)
+    assert max(learn.first.left, default=0.) == 0
+
+
+@pytest.mark.parametrize('what, given', [('masks', dict(masks=False, radiomics=False)), ('radiomics', dict(radiomics=False))])
+def test_a_model_that_reads_more_than_the_loaders_give_is_refused(prepared, what, given):
+    dls = view_synthesis_dls(prepared, bs=4, device='cpu', **given)
+    model = RadiomicsGAN(radiomics=what == 'radiomics', **SMALL)
+    with pytest.raises(InputError, match=f'loaders with {what}'):
+        radiomics_gan_learner(dls, model=model, **QUIET)
+
+
+def test_a_cycle_needs_a_model_that_reads_the_drawings(prepared, images):
+    "One with radiomics would get zeros, one of other images would see another breast"
+    dls = view_synthesis_dls(prepared, radiomics=images, bs=4, seed=0, device='cpu')
+    with pytest.raises(InputError, match='no more than what is drawn'):
+        radiomics_gan_learner(dls, model_args=SMALL, back=RadiomicsGAN(('mlo', 'cc'), **SMALL), **QUIET)
+    back = RadiomicsGAN(('mlo', 'cc'), radiomics=False, **SMALL)
+    back.set_training_info(dls.description | dict(prepare={'size': [1, 1]}))
+    with pytest.raises(InputError, match='another preparation'):
+        radiomics_gan_learner(dls, model_args=SMALL, back=back, **QUIET)
+
+
+def test_a_cycle_with_another_model_is_another_training(prepared):
+    "Two models of the other direction differ in the run configuration"
+    dls = view_synthesis_dls(prepared, radiomics=False, bs=4, seed=0, device='cpu')
+    configs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        back = RadiomicsGAN(('mlo', 'cc'), radiomics=False, **SMALL)
+        learn = radiomics_gan_learner(dls, model_args=SMALL, back=back, **QUIET)
+        configs.append(learn.adversarial_terms.run_config())
+    assert configs[0] != configs[1]
+
+
+def test_a_cohort_without_annotations_is_reported(prepared, capsys):
+    "All breasts are drawn as healthy ones, which nobody knows"
+    cohort = prepared.cohort
+    model = RadiomicsGAN(radiomics=False, **SMALL)
+    rows = view_rows(cohort)
+    healthy = rows[~rows.image_id_cc.isin(cohort.findings.image_id)]
+    synthesis_samples(prepared, rows, model)
+    assert 'annotated lesion' not in capsys.readouterr().out
+    synthesis_samples(prepared, healthy, model)
+    assert f'none of {len(healthy)} images has an annotated lesion' in capsys.readouterr().out
+
+
+def test_radiomics_that_nobody_could_measure_are_refused(prepared, images):
+    "Without a pixel spacing every lesion is unknown: the condition was zeros, without a word"
+    unknown = images.assign(n_lesions=0, n_failed=1)
+    with pytest.raises(InputError, match='spacing_mm'):
+        view_synthesis_dls(prepared, radiomics=unknown, bs=4, device='cpu')
+
+
+def test_the_exposure_stays_where_radiomics_depend_on_it(prepared, images):
+    with_radiomics = view_synthesis_dls(prepared, radiomics=images, bs=4, device='cpu').augment
+    without = view_synthesis_dls(prepared, radiomics=False, bs=4, device='cpu').augment
+    assert (with_radiomics.gain, with_radiomics.gamma) == (0, 0) and without.gain > 0
+
+
+def test_the_summed_error_is_on_the_published_scale(prepared):
+    "Images in [-1, 1]: twice the sum of those in [0, 1]"
+    model = RadiomicsGAN(radiomics=False, **SMALL)
+    dataset = synthesis_samples(prepared, view_rows(prepared.cohort).head(2), model)
+    x, y = (type(b)({k: torch.stack([dataset[i][j][k] for i in range(2)]) for k in b}) for j, b in enumerate(dataset[0]))
+    drawn = (y['target']+.1).clamp(max=1)
+    found = compare_views(model, dict(drawn=drawn, drawn_mask=y['target_mask']), x, y)
+    expected = 2*(drawn-y['target']).abs().sum((1, 2, 3)).double()
+    torch.testing.assert_close(found['l1_sum'], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_masks_grow_in_training_only(prepared):
+    seen = []
+    class Note(Callback):
+        order = -40
+        def before_batch(self): seen.append((self.training, float(self.learn.xb[0]['source_mask'].float().sum())))
+    sums = []
+    for loose in (0, 3):
+        dls = view_synthesis_dls(prepared, radiomics=False, bs=4, augment=None, seed=0, device='cpu')
+        fit(radiomics_gan_learner(dls, model_args=SMALL, loose=loose, accumulate=1, cbs=Note(), **QUIET))
+        sums.append([sum(n for training, n in seen if training == part) for part in (True, False)])
+        seen.clear()
+    (narrow, valid), (wide, same) = sums
+    assert wide > 1.5*narrow > 0 and same == valid > 0

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ..cohort.cohort import Cohort
 from ..core.errors import InputError, check_range
 from ..core.files import atomic_path
+from ..core.hub import model_version
 from ..core.seeding import seed_everything
 from .keep_best import EarlyStopping, is_fitting, unwrap_model
 from .resume import training_callbacks
@@ -74,12 +75,16 @@ class AdversarialTerms(Callback):
 
     def run_config(self):
         "The settings that change what is learnt"
-        has_back = self.back is not None
+        back = None if self.back is None else model_version(self.back)
         settings = dict(noise=self.noise, radiomics=self.radiomics, exchange=self.exchange)
-        return settings | dict(back=has_back)
+        return settings | dict(back=back)
 
     @property
     def drawn_view(self): return unwrap_model(self.learn.model).views[1].upper()
+
+    def before_fit(self):
+        "Forget gradients that an earlier training left over"
+        self.learn.model.zero_grad()
 
     def before_train(self):
         self.rows = []
@@ -412,6 +417,11 @@ def _make_model(dls, model, model_args):
     if list(model.views) != list(about['views']):
         found = f'{" to ".join(model.views)}, and loaders of {" to ".join(about["views"])}'
         raise InputError('radiomics_gan_learner', 'views', found, 'the same direction')
+    has = dict(masks=about['masks'], radiomics='radiomics_scaler' in about)
+    for name, given in has.items():
+        if not getattr(model, name) or given: continue
+        expected = f'loaders with {name}, or a model with {name}=False'
+        raise InputError('radiomics_gan_learner', name, 'a model that reads them, loaders without', expected)
     return model
 
 def _earn_radiomics(model, dls, predictor):
@@ -430,13 +440,19 @@ def _earn_radiomics(model, dls, predictor):
         raise InputError('radiomics_gan_learner', 'predictor', found, expected)
     return skill
 
-def _check_back(model, back, device):
-    "Refuse a model of the same direction in a cycle; freeze the other"
+def _check_back(model, back, dls):
+    "Refuse a model that cannot read the drawings of a cycle; freeze the other"
     if back is None: return None
+    where, trained = 'radiomics_gan_learner', back.training_info
     if tuple(back.views) != tuple(model.views[::-1]):
         expected = f'a RadiomicsGAN of {" to ".join(model.views[::-1])}'
-        raise InputError('radiomics_gan_learner', 'back', " to ".join(back.views), expected)
-    return freeze_module(back).to(device)
+        raise InputError(where, 'back', " to ".join(back.views), expected)
+    if back.radiomics or back.masks and not model.masks:
+        found = f'a model with radiomics={back.radiomics}, masks={back.masks}'
+        raise InputError(where, 'back', found, 'one that reads no more than what is drawn')
+    if trained and trained['prepare'] != dls.description['prepare']:
+        raise InputError(where, 'back', 'trained on images of another preparation', 'the same one')
+    return freeze_module(back).to(dls.device)
 
 # %% ../../nbs/learners/55_radiomics_gan.ipynb #0444e5d7
 def generator_parameters(
@@ -445,7 +461,7 @@ def generator_parameters(
     "List what the learner's own optimizer trains"
     return [list(model.generator.parameters())]
 
-_ADAM = partial(Adam, sqr_mom=.999, wd=0.)
+_ADAM = partial(Adam, mom=.5, sqr_mom=.999, wd=0.)
 
 def _step_callbacks(dls, accumulate, clip, patience):
     "Accumulated gradients, steps of both networks, and early stopping"
@@ -482,7 +498,7 @@ def radiomics_gan_learner(
     "Make a fastai learner for a generator and its critic"
     if seed is not None: seed_everything(seed)
     model = _make_model(dls, model, model_args)
-    back = _check_back(model, back, dls.device)
+    back = _check_back(model, back, dls)
     skill = _earn_radiomics(model, dls, predictor)
     model.set_training_info(dls.description | dict(predictor_skill=skill))
     features = FeatureMaps() if perceptual is True else perceptual or None
@@ -506,6 +522,24 @@ def synthesis_cases(
     "List the cases of a generator: breasts with the view that is read"
     return view_rows(cohort, getattr(model, 'views', ('cc', 'mlo')))
 
+def _report_without_lesions(cohort, rows, model):
+    "Print that a model which reads lesions finds none annotated"
+    if not (model.masks or model.radiomics) or not len(rows): return
+    read = rows[f'image_id_{model.views[0]}']
+    if read.isin(cohort.findings.image_id).any(): return
+    print(f'radiomics_gan: none of {len(rows)} images has an annotated lesion; '
+          'all are drawn as breasts without one')
+
+def _radiomics_of(prepared, rows, model):
+    "Radiomics of the lesions as in training, for the dataset; nothing for a model without"
+    trained = model.training_info
+    if not model.radiomics or 'radiomics_scaler' not in trained: return {}
+    views = trained.get('condition_views', model.views[:1])
+    ids = rows[[f'image_id_{view}' for view in views]].to_numpy().ravel()
+    radiomics = image_radiomics(prepared, ids, spacing_mm=trained.get('spacing_mm'))
+    scaler = RadiomicsScaler.from_config(trained['radiomics_scaler'])
+    return dict(radiomics=radiomics, condition_views=tuple(views), scaler=scaler)
+
 def synthesis_samples(
     prepared:PreparedCohort, # the prepared images
     rows:pd.DataFrame, # as from `view_rows`
@@ -513,12 +547,8 @@ def synthesis_samples(
     **options # not used
 )->ViewSynthesisDataset: # images are read when they are needed
     "Make the samples of a generator; only the view that is read is measured"
-    scale, known = model.training_info.get('radiomics_scaler'), {}
-    if model.radiomics and scale:
-        views = model.training_info.get('condition_views', model.views[:1])
-        ids = rows[[f'image_id_{view}' for view in views]].to_numpy().ravel()
-        known = dict(radiomics=image_radiomics(prepared, ids), condition_views=tuple(views))
-        known['scaler'] = RadiomicsScaler.from_config(scale)
+    _report_without_lesions(prepared.cohort, rows, model)
+    known = _radiomics_of(prepared, rows, model)
     options = dict(masks=model.masks, in_memory=False)
     return ViewSynthesisDataset(prepared, rows, model.views, **options, **known)
 
@@ -569,6 +599,7 @@ def compare_views(
         if arrays['has_target'][k]:
             lesion = own['target_mask'] if own['target_mask'].any() else None
             row = image_quality(own['drawn'], own['target'], 1., own['breast'], lesion)
+            row['l1_sum'] *= 2 # of images in [-1, 1], as published
         masks = own.get('drawn_mask'), own['source_mask']
         rows.append(row | _compare_lesion(*masks, targets['nipples'][k]))
     table = pd.DataFrame(rows, columns=_NUMBERS, dtype=float)

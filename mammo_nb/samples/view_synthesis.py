@@ -84,15 +84,16 @@ def _place_of(prepared, image_id):
 def image_radiomics(
     prepared:PreparedCohort, # the prepared images
     image_ids, # whose lesions are measured
-    progress:bool=False # show a progress bar
+    progress:bool=False, # show a progress bar
+    spacing_mm:float|None=None # mm a prepared pixel, of images without a pixel spacing
 )->pd.DataFrame: # a row an image with lesions, as from `RadiomicsTable.by_image`
     "Measure the lesions of some images"
     wanted = [i for i in dict.fromkeys(image_ids) if i in prepared.keys]
     lesions = select_images(prepared, wanted)
-    try: table = extract_radiomics(lesions, progress=progress)
+    try: table = extract_radiomics(lesions, progress=progress, spacing_mm=spacing_mm)
     except ImportError as e:
-        expected = "PyRadiomics (the extra 'radiomics'), or radiomics=False"
-        raise InputError('view_synthesis_dls', 'radiomics', str(e), expected) from e
+        expected = "PyRadiomics (the extra 'radiomics'), or loaders with radiomics=False"
+        raise InputError('image_radiomics', 'radiomics', str(e), expected) from e
     if len(table.failures):
         first = table.failures.iloc[0]
         total = len(table)+len(table.failures)
@@ -213,15 +214,34 @@ def fit_scaler(
     own = radiomics[radiomics.image_id.isin(rows[f'image_id_{view}'])]
     return RadiomicsScaler.fit(own.assign(split='train'))
 
-def _conditions(prepared, tables, views, radiomics, progress):
+def _check_measured(cohort, ids, train_ids, radiomics):
+    "Refuse a table without an image that has a lesion, and one without a measured training lesion"
+    where = 'view_synthesis_dls'
+    with_lesion = cohort.findings.image_id[cohort.findings.image_id.isin(ids)]
+    missing = with_lesion[~with_lesion.isin(radiomics.image_id)].unique()
+    if len(missing):
+        found = f'no row for {len(missing)} images with lesions, such as {missing[0]}'
+        raise InputError(where, 'radiomics', found, 'a table of image_radiomics for these images')
+    measured = radiomics.image_id[radiomics.n_lesions > 0]
+    if not measured.isin(train_ids).any():
+        expected = 'lesions with a mask or box in images with a pixel spacing (spacing_mm=), or False'
+        raise InputError(where, 'radiomics', 'no measured lesion in the training images', expected)
+
+def _conditions(prepared, tables, views, radiomics, progress, spacing_mm):
     "Radiomics of the images and their scale; nothing where none are wanted"
     if radiomics is False: return {}
+    ids = pd.concat(tables)[['image_id_cc', 'image_id_mlo']].to_numpy().ravel()
     if radiomics is True:
-        names = ['image_id_cc', 'image_id_mlo']
-        ids = pd.concat(tables)[names].to_numpy().ravel()
-        radiomics = image_radiomics(prepared, ids, progress)
+        radiomics = image_radiomics(prepared, ids, progress, spacing_mm)
+    train_ids = tables[0][f'image_id_{views[0]}']
+    _check_measured(prepared.cohort, ids, train_ids, radiomics)
     scaler = fit_scaler(radiomics, tables[0], views[0])
     return dict(radiomics=radiomics, scaler=scaler)
+
+def _small_moves(has_radiomics):
+    "Small movements; the exposure changes only where no radiomics depend on it"
+    exposure = dict(gain=0., gamma=0.) if has_radiomics else {}
+    return Augment(rotate=4, shift=.03, scale=.04, **exposure)
 
 # %% ../../nbs/samples/35_view_synthesis.ipynb #e1603f36
 def view_synthesis_dls(
@@ -239,7 +259,8 @@ def view_synthesis_dls(
     seed:int|None=None, # of the order of the batches; `None`: from Python's global generator
     device=None, # of the batches; `None`: fastai's default
     num_workers:int=0, # processes that load
-    progress:bool=False # show a progress bar while lesions are measured
+    progress:bool=False, # show a progress bar while lesions are measured
+    spacing_mm:float|None=None # mm a prepared pixel, of images without a pixel spacing
 )->DataLoaders: # `train` and `valid`, and `description`
     "Make guarded loaders of views"
     check_split(check_prepared(prepared, 'view_synthesis_dls').cohort)
@@ -247,16 +268,16 @@ def view_synthesis_dls(
     rows = view_rows(prepared.cohort, views) if rows is None else rows
     check_rows(prepared, rows, BREAST_COLUMNS, 'view_synthesis_dls')
     tables = _training_tables(prepared, rows, (train, valid), 'view_synthesis_dls')
-    known = _conditions(prepared, tables, views, radiomics, progress)
+    known = _conditions(prepared, tables, views, radiomics, progress, spacing_mm)
     options = dict(condition_views=condition_views, in_memory=in_memory)
     sets = []
     for split_idx, table in enumerate(tables):
         own = known | options | dict(split_idx=split_idx)
         sets.append(ViewSynthesisDataset(prepared, table, views, masks, **own))
-    if augment is True: augment = Augment(rotate=4, shift=.03, scale=.04)
+    if augment is True: augment = _small_moves(bool(known))
     dls = sample_dls(sets, bs, augment, seed, device, num_workers, 'view_synthesis_dls')
     about = dict(splits=[train, valid], views=list(views), masks=masks)
-    if known: about['radiomics_scaler'] = known['scaler'].config
+    if known: about |= dict(radiomics_scaler=known['scaler'].config, spacing_mm=spacing_mm)
     if condition_views: about['condition_views'] = list(condition_views)
     labels = np.zeros(len(tables[0]))
     dls.description = describe_training(prepared, tables[0], labels, **about)
