@@ -28,11 +28,12 @@ def mammo_tour(
     from mammo_nb.report.tour_page import run_tour
     given = dict(n_patients=patients, epochs=epochs, seed=seed)
     if patients is not None: # sections with patients of their own
-        least = dict(n_risk_patients=24, n_gaze_patients=24, n_three_view_patients=40)
+        least = dict(
+            n_risk_patients=24, n_gaze_patients=24, n_three_view_patients=40, n_other_view_patients=24)
         for name, n in least.items():
             given[name] = min(getattr(TourConfig, name), max(n, patients))
     if epochs is not None: # and with trainings of their own
-        for name in ('risk_epochs', 'gaze_epochs', 'three_view_epochs'):
+        for name in ('risk_epochs', 'gaze_epochs', 'three_view_epochs', 'other_view_epochs'):
             given[name] = min(getattr(TourConfig, name), epochs)
     config = {name: value for name, value in given.items() if value is not None}
     def report(text): print(text, flush=True)

@@ -29,6 +29,7 @@ from ..metrics.predictions import read_predictions, write_predictions
 from ..metrics.tables import select_output, with_labels
 from ..preparation.prepare import PrepareConfig
 from ..preparation.prepared_cohort import prepare_cohort
+from .page import Section
 from ..samples.augment import Augment
 from ..samples.two_view import two_view_dls
 
@@ -36,7 +37,8 @@ from ..samples.two_view import two_view_dls
 LEAST = dict(
     n_patients=8, epochs=1, batch_size=2, n_boot=10,
     n_risk_patients=24, risk_epochs=1, n_gaze_patients=20, gaze_epochs=1,
-    n_three_view_patients=40, three_view_epochs=1) # smallest values of `TourConfig`
+    n_three_view_patients=40, three_view_epochs=1,
+    n_other_view_patients=24, other_view_epochs=1) # smallest values of `TourConfig`
 
 @dataclass(frozen=True)
 class TourConfig:
@@ -58,6 +60,8 @@ class TourConfig:
     gaze_epochs: int = 10 # of the trainings of that section
     n_three_view_patients: int = 150 # in-silico patients drawn for the section on three views
     three_view_epochs: int = 6 # of the first training of that section
+    n_other_view_patients: int = 100 # in-silico patients with one breast each, for the section on the other view
+    other_view_epochs: int = 8 # of the training of that section
 
     def __post_init__(self):
         for name, least in LEAST.items(): check_range(getattr(self, name), least, None, 'TourConfig', name)
@@ -75,6 +79,7 @@ class Tour:
         self.folder, self.config = Path(folder), config
         self.workers, self.progress = workers, progress
         self.stages = Stages(self.folder/'stages', tell)
+        self.skipped = {} # title of a section -> why it is left out
         self._results = {}
 
     def once(self, name, make):
@@ -84,6 +89,17 @@ class Tour:
 
     @property
     def prepare_config(self): return PrepareConfig(size=self.config.size)
+
+# %% ../../nbs/report/10_tour.ipynb #5be94f10
+@patch
+def skip(self:Tour,
+    s:Section, # that cannot be filled
+    why:str # one sentence; marks as in `inline_html`
+):
+    "Say in a section why it is left out, and count it"
+    self.skipped[s.title] = why
+    self.stages.tell(f'  {s.title}: skipped')
+    s.note(f'This section is skipped. {why}')
 
 # %% ../../nbs/report/10_tour.ipynb #ad554406
 @patch
