@@ -148,10 +148,12 @@ def _parse_categories(t, path):
 
 def _is_outside(t):
     "True where a box reaches beyond its image"
-    return (t.xmin < 0) | (t.ymin < 0) | (t.xmax > t.width) | (t.ymax > t.height)
+    before = (t.xmin < 0) | (t.ymin < 0)
+    behind = (t.xmax > t.width) | (t.ymax > t.height)
+    return before | behind
 
 def _box_faults(raw, t, path):
-    "Faults of boxes that are missing, not wanted, turned round or outside of their image"
+    "Faults of boxes that are missing, not wanted, inverted or outside of their image"
     faults = []
     no_finding = t.categories.map(lambda words: words == (_NO_FINDING,)).astype(bool)
     finding = t.categories.notna() & ~no_finding
@@ -160,42 +162,43 @@ def _box_faults(raw, t, path):
         faults += _row_faults(path, raw, missing, (side,), 'a number: every finding has a box')
         unwanted = no_finding & raw[side].notna()
         faults += _row_faults(path, raw, unwanted, (side,), f'nothing in a row of {_NO_FINDING}')
-    for low, high in (('xmin', 'xmax'), ('ymin', 'ymax')):
-        wrong = t[low] >= t[high]
-        faults += _row_faults(path, raw, wrong, (low, high), f'{low} < {high} in the image')
-    expected = "a box in the image; on_outside_box='clip' cuts off what is outside"
-    columns = (*BOX, 'width', 'height')
-    return faults + _row_faults(path, raw, _is_outside(t), columns, expected)
+    hint = "; or on_outside_box='clip'"
+    for low, high, size in (('xmin', 'xmax', 'width'), ('ymin', 'ymax', 'height')):
+        inverted, above = finding & (t[low] >= t[high]), finding & (t[high] > t[size])
+        faults += _row_faults(path, raw, inverted, (low, high), f'{low} < {high} in the image')
+        faults += _row_faults(path, raw, finding & (t[low] < 0), (low,), 'at least 0' + hint)
+        faults += _row_faults(path, raw, above, (high, size), f'{high} <= {size}' + hint)
+    return faults
 
 # %% ../../../nbs/cohort/datasets/15_vindr_mammo.ipynb #102cd0a3
 def _image_faults(breasts, findings, paths):
     "Images that are there twice or in one table only, and studies in two splits"
-    where = paths['breasts']
-    twice = breasts.image_id.duplicated()
-    faults = _row_faults(where, breasts, twice, ('image_id',), 'every image once')
-    for name, t, other, other_name in (('breasts', breasts, findings, 'findings'),
-                                       ('findings', findings, breasts, 'breasts')):
+    where, faults = paths['breasts'], []
+    pairs = (('breasts', breasts, findings, 'findings'), ('findings', findings, breasts, 'breasts'))
+    for name, t, other, other_name in pairs:
         missing = t.image_id.notna() & ~t.image_id.isin(other.image_id)
-        expected = f'an image that is in {paths[other_name].name} too'
+        expected = f'an image of {VINDR_FILES[other_name]} too'
         faults += _row_faults(paths[name], t, missing, ('image_id',), expected)
+    twice = breasts.image_id.notna() & breasts.image_id.duplicated()
+    faults += _row_faults(where, breasts, twice, ('image_id',), 'every image once')
     first = breasts.groupby('study_id').split.transform('first')
     moved = first.notna() & breasts.split.notna() & (breasts.split != first)
-    return faults + _row_faults(where, breasts, moved, ('study_id', 'split'), 'one split for a study')
+    return faults + _row_faults(where, breasts, moved, ('split', 'study_id'), 'one split a study')
 
-def _agreement_faults(breasts, findings, paths):
+def _agreement_faults(raw, breasts, findings, path):
     "Rows of the findings table that contradict the other table or each other"
     faults = []
     of_image = breasts.drop_duplicates('image_id').set_index('image_id')
     for column in of_image:
         known = findings.image_id.map(of_image[column])
         wrong = known.notna() & findings[column].notna() & (known != findings[column])
-        expected = f'the {column} that {paths["breasts"].name} has for the image'
-        faults += _row_faults(paths['findings'], findings, wrong, ('image_id', column), expected)
+        expected = f'the {column} that {VINDR_FILES["breasts"]} has for the image'
+        faults += _row_faults(path, raw, wrong, (column, 'image_id'), expected)
     nothing = findings.categories.map(lambda words: words == (_NO_FINDING,)).astype(bool)
     contradicted = nothing & findings.image_id.duplicated(keep=False)
-    columns = ('image_id', 'finding_categories')
     expected = f'no other row for an image with {_NO_FINDING}'
-    return faults + _row_faults(paths['findings'], findings, contradicted, columns, expected)
+    columns = ('finding_categories', 'image_id')
+    return faults + _row_faults(path, raw, contradicted, columns, expected)
 
 # %% ../../../nbs/cohort/datasets/15_vindr_mammo.ipynb #dd99eb03
 def _clip_boxes(t):
@@ -215,14 +218,14 @@ def read_vindr_tables(
     paths = {name: Path(folder)/file for name, file in VINDR_FILES.items()}
     raw = {name: _load_table(paths[name], columns) for name, columns in _COLUMNS.items()}
     breasts, faults = _translate(raw['breasts'], paths['breasts'])
-    findings, more = _translate(raw['findings'], paths['findings'])
-    findings['categories'], odd = _parse_categories(raw['findings'], paths['findings'])
+    text, path = raw['findings'], paths['findings']
+    findings, more = _translate(text, path)
+    findings['categories'], odd = _parse_categories(text, path)
     if on_outside_box == 'clip':
         findings = _clip_boxes(findings)
-    faults += more + odd + _box_faults(raw['findings'], findings, paths['findings'])
-    faults += _image_faults(raw['breasts'], raw['findings'], paths)
-    with_categories = raw['findings'].assign(categories=findings.categories)
-    raise_faults(faults + _agreement_faults(raw['breasts'], with_categories, paths))
+    faults += more + odd + _box_faults(text, findings, path)
+    faults += _image_faults(raw['breasts'], text, paths)
+    raise_faults(faults + _agreement_faults(text, breasts, findings, path))
     return breasts, findings
 
 # %% ../../../nbs/cohort/datasets/15_vindr_mammo.ipynb #957ceb55
@@ -231,7 +234,7 @@ _HEADERS = {
     'Imager Pixel Spacing': 'pixel_spacing_mm',
     'Manufacturer': 'manufacturer',
     "Manufacturer's Model Name": 'model'}
-_NUMBER = r'([0-9]*[.]?[0-9]+)'
+_NUMBER = r'([0-9]{0,4}[.]?[0-9]{1,20})' # bounded, so that no text takes long
 _SPACING = re.compile(rf"""[\[(]?['" ]*{_NUMBER}['" ]*(?:[,\\]['" ]*{_NUMBER}['" ]*)?[\])]?""")
 
 def _parse_spacing(text):
@@ -274,7 +277,8 @@ def _finding_table(findings):
         birads=t.finding_birads,
         category=category,
         categories=t.categories.map('; '.join).astype('str'))
-    columns = ['finding_id', 'image_id', 'lesion_id', 'kind', *BOX, 'birads', 'category', 'categories']
+    columns = ['finding_id', 'image_id', 'lesion_id', 'kind', *BOX, 'birads']
+    columns += ['category', 'categories']
     t, is_finding = t[columns], t.kind.notna()
     return t[is_finding].reset_index(drop=True), t[~is_finding]
 
