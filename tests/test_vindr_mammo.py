@@ -5,7 +5,7 @@ import pytest
 import mammo_nb as mn
 from mammo_nb.core.errors import InputError
 from mammo_nb.cohort.datasets.vindr_mammo import (
-    VINDR_FILES, VINDR_KINDS, parse_finding_categories, read_vindr_metadata, read_vindr_tables, vindr_mammo
+    VINDR_FILES, VINDR_KINDS, parse_finding_categories, read_vindr_metadata, vindr_mammo
 )
 from mammo_nb.cohort.leaks import leaking_patients
 from mammo_nb.dicom.mammogram import read_mammogram
@@ -205,7 +205,7 @@ def test_a_bad_box_is_refused(tmp_path, cells, expected):
 
 def test_a_box_where_nothing_was_found_is_refused(tmp_path):
     text = message(tmp_path, findings=changed(annotated(IMAGES), ymin={2: 7}))
-    assert "row 4: column ymin: found '7.0', expected nothing in a row of No Finding" in text or "found '7'" in text
+    assert "row 4: column ymin: found '7', expected nothing in a row of No Finding" in text
 
 
 def test_more_rows_with_the_same_fault_are_counted(tmp_path):
@@ -377,7 +377,7 @@ def test_what_is_no_spacing(tmp_path, text):
 def test_an_image_with_two_headers(tmp_path):
     t = pd.concat([headers(Manufacturer='A'), headers(Manufacturer='A')[:2], headers(Manufacturer='B')[3:4]])
     t.to_csv(tmp_path/'metadata.csv', index=False)
-    with pytest.raises(InputError, match="row 16: column SOP Instance UID: found SOP Instance UID 'b2lcc'|row 16: .*'a1rmlo'"):
+    with pytest.raises(InputError, match="row 16: column SOP Instance UID: found SOP Instance UID 'a1rmlo'.*Manufacturer 'B'"):
         read_vindr_metadata(tmp_path/'metadata.csv')
     t[:14].to_csv(tmp_path/'metadata.csv', index=False)
     assert len(read_vindr_metadata(tmp_path/'metadata.csv')) == 12
@@ -420,15 +420,14 @@ def test_files_of_both_photometric_interpretations_through_prepare(tmp_path):
     prepared = mn.prepare(mn.vindr_mammo(tmp_path), tmp_path/'cache', size=(88, 70), workers=1, progress=False)
     assert len(prepared.failures) == 0
     assert (len(prepared.cohort), len(prepared.cohort.findings)) == (8, 4)
-    shown = {}
-    for image_id, box in boxes.items():
-        image = prepared.image(image_id)
-        x0, y0, x1, y1 = np.rint(prepared.boxes(image_id)[0]).astype(int)
+    for image_id in boxes:
+        image = prepared.load(image_id).image.squeeze()
+        first, second = prepared.boxes(image_id)
+        assert np.array_equal(first, second)  # two findings, one box
+        x0, y0, x1, y1 = np.rint(first).astype(int)
         inside = image[y0+1:y1-1, x0+1:x1-1]
         assert inside.min() > .9  # bright inside the box, whichever way the file stores it
-        shown[image_id] = prepared.boxes(image_id)
-        assert np.allclose(shown[image_id][0], shown[image_id][1])  # two findings, one box
-    left, right = prepared.image('a1rcc'), prepared.image('f6rcc')
+    left, right = prepared.load('a1rcc').image, prepared.load('f6rcc').image
     assert np.abs(left - right).max() < .02  # MONOCHROME1 and MONOCHROME2 give the same image
 
 
