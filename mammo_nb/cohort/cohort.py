@@ -257,14 +257,16 @@ def _findings_to_draw(cohort, rows, images, on_size_mismatch):
     return findings
 
 def _boxes_to_draw(findings, image_id):
-    "Boxes [N,4] of an image, and their N texts"
+    "Different boxes [N,4] of an image, and their N texts"
     of_image = findings.image_id == image_id
     f = findings[of_image & findings.xmin.notna()]
-    texts = []
-    for words in zip(f.pathology, f.kind):
+    sides = f[list(BOX)].to_numpy().tolist()
+    texts = {}
+    for box, *words in zip(map(tuple, sides), f.pathology, f.kind):
         known = [w for w in words if not pd.isna(w)]
-        texts.append(' '.join(known))
-    return f[list(BOX)].to_numpy(), texts
+        texts.setdefault(box, []).append(' '.join(known))
+    boxes = np.array(list(texts), dtype=float).reshape(-1, 4)
+    return boxes, [', '.join(filter(None, words)) for words in texts.values()]
 
 # %% ../../nbs/cohort/05_cohort.ipynb #e589abb2
 @patch

@@ -120,7 +120,8 @@ def split_patients(
 def carve_valid(
     cohort:Cohort, # with training patients and no validation patients
     fraction:float=.2, # of the training patients
-    seed:int=0 # another seed, another choice
+    seed:int=0, # another seed, another choice
+    stratify='worst' # as of `split_patients`
 )->Cohort: # the same images; some training patients are now `valid`
     "Move a stratified share of the training patients to validation"
     check_split(cohort)
@@ -128,7 +129,8 @@ def carve_valid(
     if (split == 'valid').any():
         raise InputError('carve_valid', 'split', 'validation patients', 'a cohort without any')
     train = cohort.select((split == 'train').to_numpy())
-    train = split_patients(assign_split(train, {}), dict(train=1-fraction, valid=fraction), seed)
+    shares = dict(train=1-fraction, valid=fraction)
+    train = split_patients(assign_split(train, {}), shares, seed, stratify)
     chosen = train.images.patient_id[train.images.split == 'valid']
     split = split.mask(cohort.images.patient_id.isin(chosen), 'valid')
     return cohort.with_tables(cohort.images.assign(split=split))

@@ -13,6 +13,7 @@ FACE = {
     'cohort.cohort': 'Cohort', 'cohort.exams': 'breast_table', 'cohort.hanging': 'show_exam',
     'cohort.splits': 'split_patients', 'cohort.datasets.cbis_ddsm': 'cbis_ddsm',
     'cohort.datasets.two_exams': 'two_exams', 'cohort.datasets.csaw_cc': 'csaw_cc',
+    'cohort.datasets.vindr_mammo': 'vindr_mammo',
     'cohort.datasets.folder': 'dicom_folder', 'insilico.files': 'insilico_cohort',
     'preparation.prepare': 'PrepareConfig',
     'preparation.prepared_cohort': 'PreparedCohort prepare=prepare_cohort',
