@@ -440,6 +440,7 @@ def _earn_radiomics(model, dls, predictor):
         raise InputError('radiomics_gan_learner', 'predictor', found, expected)
     return skill
 
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #febd7750
 def _check_back(model, back, dls):
     "Refuse a model that cannot read the drawings of a cycle; freeze the other"
     if back is None: return None
@@ -540,6 +541,7 @@ def _radiomics_of(prepared, rows, model):
     scaler = RadiomicsScaler.from_config(trained['radiomics_scaler'])
     return dict(radiomics=radiomics, condition_views=tuple(views), scaler=scaler)
 
+# %% ../../nbs/learners/55_radiomics_gan.ipynb #1df3c9c8
 def synthesis_samples(
     prepared:PreparedCohort, # the prepared images
     rows:pd.DataFrame, # as from `view_rows`

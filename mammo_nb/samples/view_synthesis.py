@@ -214,6 +214,7 @@ def fit_scaler(
     own = radiomics[radiomics.image_id.isin(rows[f'image_id_{view}'])]
     return RadiomicsScaler.fit(own.assign(split='train'))
 
+# %% ../../nbs/samples/35_view_synthesis.ipynb #6d1b961d
 def _check_measured(cohort, ids, train_ids, radiomics):
     "Refuse a table without an image that has a lesion, and one without a measured training lesion"
     where = 'view_synthesis_dls'
