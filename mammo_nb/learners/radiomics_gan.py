@@ -421,7 +421,8 @@ def _make_model(dls, model, model_args):
     for name, given in has.items():
         if not getattr(model, name) or given: continue
         expected = f'loaders with {name}, or a model with {name}=False'
-        raise InputError('radiomics_gan_learner', name, 'a model that reads them, loaders without', expected)
+        found = 'a model that reads them, loaders without'
+        raise InputError('radiomics_gan_learner', name, found, expected)
     return model
 
 def _earn_radiomics(model, dls, predictor):

@@ -225,7 +225,7 @@ def _check_measured(cohort, ids, train_ids, radiomics):
         raise InputError(where, 'radiomics', found, 'a table of image_radiomics for these images')
     measured = radiomics.image_id[radiomics.n_lesions > 0]
     if not measured.isin(train_ids).any():
-        expected = 'lesions with a mask or box in images with a pixel spacing (spacing_mm=), or False'
+        expected = 'lesions with a mask or box, a pixel spacing (spacing_mm=), or False'
         raise InputError(where, 'radiomics', 'no measured lesion in the training images', expected)
 
 def _conditions(prepared, tables, views, radiomics, progress, spacing_mm):
