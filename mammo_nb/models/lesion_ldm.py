@@ -21,7 +21,7 @@ from .lesion_condition import FIELDS, LesionCondition, forget_attributes
 from .noise import SAMPLERS, make_scheduler, prediction_target
 from ..samples.lesion_synthesis import MASK_MODES
 
-# %% ../../nbs/models/86_lesion_ldm.ipynb #d6024dfb
+# %% ../../nbs/models/86_lesion_ldm.ipynb #dd817591
 class LesionLDM(HubModel):
     "A patch with a hole and attributes of a lesion -> the patch with the lesion"
     system = 'lesion_ldm'
@@ -54,6 +54,11 @@ class LesionLDM(HubModel):
         self.schedule, self.mask_mode = schedule or {}, mask_mode
         self.scheduler = make_scheduler('ddpm', **self.schedule)
         self.steps, self.guidance, self.sampler = steps, guidance, sampler
+
+    @property
+    def device(self): return next(self.parameters()).device
+    @property
+    def dtype(self): return next(self.parameters()).dtype
 
     def extra_repr(self):
         return f'{self.steps} steps of {self.sampler}, guidance {self.guidance}'
