@@ -50,7 +50,7 @@ def amplitudes(
     kept = kept.view(-1, 1, 1, 1)
     return kept.sqrt(), (1-kept).sqrt()
 
-# %% ../../nbs/models/81_noise.ipynb #57d701f0
+# %% ../../nbs/models/81_noise.ipynb #9450f835
 def prediction_target(
     scheduler, # as from `make_scheduler`
     latent:Tensor, # [B,Z,h,w] clean
@@ -59,7 +59,8 @@ def prediction_target(
 )->Tensor: # [B,Z,h,w]
     "Compute what the network should predict"
     if scheduler.config.prediction_type == 'epsilon': return noise
-    return scheduler.get_velocity(latent, noise, t)
+    signal_part, noise_part = amplitudes(scheduler, t)
+    return signal_part*noise-noise_part*latent
 
 def recover_latent(
     scheduler, # as from `make_scheduler`
