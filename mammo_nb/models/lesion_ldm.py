@@ -216,7 +216,7 @@ def sample_latents(self:LesionLDM,
         z = torch.where(known, around, z)
     return z
 
-# %% ../../nbs/models/86_lesion_ldm.ipynb #e06b8a70
+# %% ../../nbs/models/86_lesion_ldm.ipynb #f0f4bf67
 @patch
 def sampling_scheduler(self:LesionLDM,
     scheduler, # one of `SAMPLERS`, or a scheduler of diffusers
@@ -241,28 +241,40 @@ def sample(self:LesionLDM,
     seed=0, # one number, or one a sample
     eta:float=0., # new noise of DDIM in each step, 0 to 1
     blend:bool=True, # see `sample_latents`
+    paste:bool=True, # take the original pixels outside the hole
     progress=iter # wraps the list of the time steps
-)->Tensor: # [B,1,S,S] in [0, 1]; outside the hole the pixels of `masked_image`
+)->Tensor: # [B,1,S,S] in [0, 1]; pasted: outside the hole the pixels of `masked_image`
     "Draw the lesion into the hole of each patch"
     own = self.sampling_scheduler(scheduler, steps)
     check_range(guidance, 0, 100, 'LesionLDM.sample', 'guidance')
     known, mask = inputs['masked_image'], inputs['mask'].bool()
-    pasted = self.mask_mode == 'hole'
-    if pasted and not mask.any(): return known.clone()
+    has_context = self.mask_mode == 'hole'
+    paste = paste and has_context
+    if paste and not mask.any(): return known.clone()
     generators = sample_generators(seed, len(known))
-    options = eta, blend and pasted, progress
+    options = eta, blend and has_context, progress
     drawn = self.autoencoder.decode(self.sample_latents(inputs, own, guidance, generators, *options))
-    return torch.where(mask, drawn.to(known), known) if pasted else drawn
+    return torch.where(mask, drawn.to(known), known) if paste else drawn
 
-# %% ../../nbs/models/86_lesion_ldm.ipynb #55b289ac
+# %% ../../nbs/models/86_lesion_ldm.ipynb #fd9f37ad
 @patch
 def forward(self:LesionLDM,
     inputs:dict, # of a batch
     noisy:Tensor|None=None, # [B,Z,h,w] latents with noise; `None`: draw
     t:Tensor|None=None, # [B] steps of noise
-    **options # go to `condition`
+    forget:Tensor|bool=False, # of the prediction of noise, see `condition`
+    masked_latent:Tensor|None=None # of the prediction of noise, see `condition`
 )->Tensor: # [B,Z,h,w] noise or velocity; or [B,1,S,S] drawn patches in [0, 1]
     "Predict the noise of latents, or draw with the settings of the model"
-    if noisy is not None: return self.denoise(noisy, t, self.condition(inputs, **options))
+    if noisy is None: return self.draw(inputs)
+    return self.denoise(noisy, t, self.condition(inputs, forget, masked_latent))
+
+@patch
+def draw(self:LesionLDM,
+    inputs:dict, # of a batch
+    **options # go to `sample`, instead of the settings of the model
+)->Tensor: # [B,1,S,S] in [0, 1]
+    "Draw with the settings of the model, and seeds of the content"
     own = dict(steps=self.steps, guidance=self.guidance, scheduler=self.sampler)
-    return self.sample(inputs, seed=content_seeds(inputs), **own)
+    own['seed'] = content_seeds(inputs)
+    return self.sample(inputs, **own | options)

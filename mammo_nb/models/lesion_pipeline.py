@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUT_TYPES', 'LesionPipeline', 'convert_images', 'lesion_inputs']
 
-# %% ../../nbs/models/88_lesion_pipeline.ipynb #a302c7d0
+# %% ../../nbs/models/88_lesion_pipeline.ipynb #f3398242
 import json
 from pathlib import Path
 import diffusers
@@ -21,7 +21,8 @@ from ..core.errors import InputError, check_in
 from .lesion_ldm import LesionLDM
 from .noise import make_scheduler
 from mammo_nb.samples.lesion_synthesis import (
-    ATTRIBUTES, cut_hole, encode_attributes, hole_mask, paste_patch, place_window
+    ATTRIBUTES, cut_hole, encode_attributes, hole_mask, paste_patch, place_window,
+    relative_box
 )
 
 # %% ../../nbs/models/88_lesion_pipeline.ipynb #fefe0508
@@ -138,7 +139,7 @@ def from_pretrained(cls:LesionPipeline,
     if scheduler is None: scheduler = kind.from_pretrained(folder/'scheduler')
     return cls(model, scheduler)
 
-# %% ../../nbs/models/88_lesion_pipeline.ipynb #a797b138
+# %% ../../nbs/models/88_lesion_pipeline.ipynb #4836877d
 def lesion_inputs(
     image:Tensor, # [1,H,W] prepared image in [0, 1]
     box, # xmin, ymin, xmax, ymax of the lesion, pixels
@@ -158,9 +159,7 @@ def lesion_inputs(
     window = place_window(box, width, (rows, columns), margin=margin)
     masked, mask = cut_hole(image, hole_mask(box, (rows, columns), margin), window, size)
     inputs = dict(masked_image=masked, mask=mask, **encode_attributes(attributes))
-    corner = torch.tensor([*window[:2]]*2)
-    share = (torch.tensor([x0, y0, x1, y1])-corner)/(window[2]-window[0])
-    inputs['box'] = share.clamp(0, 1)
+    inputs['box'] = relative_box(box, window)
     return {name: value[None] for name, value in inputs.items()}, window
 
 @patch
