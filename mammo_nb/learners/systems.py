@@ -77,7 +77,8 @@ SYSTEM_MODULES = dict( # name of a system -> module that registers it
     unaligned_risk=f'{_LEARNERS}.risk',
     current_exam=f'{_LEARNERS}.risk',
     density=f'{_LEARNERS}.risk',
-    radiomics_gan=f'{_LEARNERS}.radiomics_gan')
+    radiomics_gan=f'{_LEARNERS}.radiomics_gan',
+    lesion_ldm=f'{_LEARNERS}.lesion_ldm')
 _SYSTEMS = {}
 
 def register(
@@ -193,7 +194,7 @@ def _write_image(image, path):
 
 def _image_names(rows):
     "File names of the images of all cases"
-    names = ('exam_id', 'laterality', 'image_id', 'fixed', 'moving')
+    names = ('exam_id', 'laterality', 'image_id', 'fixed', 'moving', 'finding_id')
     ids = rows[[name for name in names if name in rows]]
     return file_names(ids.itertuples(index=False), '.png')
 

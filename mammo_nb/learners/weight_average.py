@@ -32,10 +32,12 @@ class WeightAverage(Callback):
 
     def __init__(self,
         decay:float=.999, # weight of the average at each step, 0 to 1
-        part:str='' # name of the averaged submodule, such as `generator`; empty: the whole model
+        part:str='', # name of the averaged submodule, such as `generator`; empty: the whole model
+        ramp:bool=False # at step n a decay of at most (1+n)/(10+n): forget the initial weights
     ):
         self.decay = check_range(decay, 0, 1, 'WeightAverage', 'decay')
         self.part, self.other, self.averaged = part, None, False
+        self.ramp, self.steps = ramp, 0
 
     @property
     def module(self):
@@ -51,25 +53,26 @@ class WeightAverage(Callback):
 
     def run_config(self):
         "The settings that change what is learnt"
-        return dict(decay=self.decay, part=self.part)
+        settings = dict(decay=self.decay, part=self.part)
+        return settings | dict(ramp=True) if self.ramp else settings
 
     def resume_state(self):
         "The other set of weights, and which one is in the model"
-        return dict(other=self.other, averaged=self.averaged)
+        return dict(other=self.other, averaged=self.averaged, steps=self.steps)
 
     def load_resume_state(self, state):
         "Continue with saved weights"
         device = next(self.module.parameters()).device
         saved = state['other']
         self.other = {name: value.to(device) for name, value in saved.items()}
-        self.averaged = state['averaged']
+        self.averaged, self.steps = state['averaged'], state.get('steps', 0)
 
 # %% ../../nbs/learners/03_weight_average.ipynb #7acb5e02
 @patch
 def before_fit(self:WeightAverage):
     "Start the average at the initial weights"
     if not is_fitting(self.learn): return
-    self.other, self.averaged = copy_weights(self.module), False
+    self.other, self.averaged, self.steps = copy_weights(self.module), False, 0
 
 @patch
 def average_in_model(self:WeightAverage,
@@ -84,7 +87,9 @@ def after_step(self:WeightAverage):
     "Update the average"
     if not is_fitting(self.learn): return
     weights = self.module.state_dict()
-    update_average(self.other, weights, self.decay)
+    self.steps += 1
+    decay = min(self.decay, (1+self.steps)/(10+self.steps)) if self.ramp else self.decay
+    update_average(self.other, weights, decay)
 
 # %% ../../nbs/learners/03_weight_average.ipynb #28cbe922
 @patch
