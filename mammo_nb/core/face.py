@@ -34,8 +34,6 @@ FACE = {
     'samples.lesion_synthesis': 'lesion_dls', 'models.lesion_ldm': 'LesionLDM',
     'models.lesion_pipeline': 'LesionPipeline', 'models.autoencoder': 'PatchAutoencoder',
     'learners.lesion_autoencoder': 'autoencoder_learner',
-    'learners.lesion_ldm': 'lesion_ldm_learner',
-    'learners.lesion_stages': 'train_lesion_ldm',
     'learners.registration': 'registration_learner evaluate_registration',
     'learners.risk': 'current_exam_learner density_learner lmvnet_learner unaligned_risk_learner',
     'learners.systems': 'System evaluate get_system load_model predict register system_names',
