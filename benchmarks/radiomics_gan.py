@@ -33,6 +33,8 @@ shows how much: it is a leak, not a result. `cc` reads the CC twice, `cc_and_mlo
 Values are means over the training seeds. Intervals are from a bootstrap over patients. Images are 128 x 96 and
 networks small; the published ones are 256 x 256 with 64 channels, and train with deep features. The recipe was
 chosen on patients of training and validation with an index from 450 to 699, of whom no generator learns.
+There the strong radiomics loss (weight 2, with `exchange`) gave the largest difference of true and shuffled
+radiomics. A weight of 0.1 without `exchange` was run on the test patients too: it gave -0.023 [-0.048, 0.006].
 """
 import logging
 import sys
@@ -74,12 +76,12 @@ SIZE = (128, 96)
 COHORT = dict(exams=1)
 NET = dict(width=16, depth=5, hidden=64)
 TRAIN = dict(bs=8, lr=2e-3, epochs=8)
-OPTIONS = dict(perceptual=False, accumulate=1, patience=None)
+OPTIONS = dict(perceptual=False, accumulate=1, patience=None, exchange=True)
 AUGMENT = dict(rotate=4, shift=.03, scale=.04, gain=0., gamma=0.)
 PREDICTOR = 20 # epochs
 CLASSIFIER = dict(epochs=8, lr=3e-3, bs=16)
 CLASSIFIER_NET = dict(width=16, heads=2, head_dim=16, embed=32, hidden=16)
-RAMPS = dict(gan=(.02, .05, 8), l1=5., ssim=6., radiomics=(0., .1, 2))
+RAMPS = dict(gan=(.02, .05, 8), l1=5., ssim=6., radiomics=(0., 2., 2))
 SMALLEST = 4 # pixels of a lesion that is measured
 MODULES = ('mammo_nb.learners.radiomics_gan', 'mammo_nb.preparation.cache')
 MEASURES = ('ssim_breast', 'psnr_breast', 'l1_breast', 'placement_mm', 'empty_mask')
