@@ -191,20 +191,25 @@ _DIFFERENCE = dict(cmap='RdBu_r', vmin=-.4, vmax=.4)
 
 def _outline(ax, mask, color):
     "The outline of a mask, where there is one"
-    if mask is not None and np.any(mask): ax.contour(mask, levels=[.5], colors=color, linewidths=1)
+    if mask is None or not mask.any(): return
+    ax.contour(mask, levels=[.5], colors=color, linewidths=1)
+
+def _true_view(prepared, image_id):
+    "Pixels and lesion mask of an image"
+    image = prepared.load(image_id).image[0]
+    return np.asarray(image), read_lesion_mask(prepared, image_id, pathology=None)
 
 def _draw_breast(axs, prepared, breast, folder):
     "CC, true MLO, drawn MLO and their difference; the image of the difference"
-    ids = breast.image_id_cc, breast.image_id_mlo
-    cc, true = (np.asarray(prepared.load(i).image[0]) for i in ids)
-    masks = [read_lesion_mask(prepared, i, pathology=None) for i in ids]
-    drawn, drawn_mask = (plt.imread(folder/path) for path in (breast.drawn, breast.drawn_mask))
+    cc, cc_mask = _true_view(prepared, breast.image_id_cc)
+    true, mask = _true_view(prepared, breast.image_id_mlo)
+    drawn, drawn_mask = plt.imread(folder/breast.drawn), plt.imread(folder/breast.drawn_mask)
     for ax, image in zip(axs, (cc, true, drawn)): ax.imshow(image, cmap='gray', vmin=0, vmax=1)
-    _outline(axs[0], masks[0], 'gold')
-    _outline(axs[1], masks[1], 'gold')
-    _outline(axs[2], masks[1], 'gold')
+    _outline(axs[0], cc_mask, 'gold')
+    _outline(axs[1], mask, 'gold')
+    _outline(axs[2], mask, 'gold')
     _outline(axs[2], drawn_mask > .5, 'cyan')
-    draw_scale_bar(axs[0], prepared.load(ids[0]).spacing_mm)
+    draw_scale_bar(axs[0], prepared.load(breast.image_id_cc).spacing_mm)
     return axs[3].imshow(drawn-true, **_DIFFERENCE)
 
 def show_drawings(
@@ -229,8 +234,8 @@ def predictor_text(
 )->str: # one sentence
     "State whether radiomics took part in the loss"
     if skill is not None and skill > 0:
-        return f'''On validation patients a predictor of radiomics has {100*skill:.0f} % less squared
-            error than the mean, so it may judge drawings.'''
+        return f'''On validation patients a predictor of radiomics has {100*skill:.0f} % less
+            squared error than the mean, so it may judge drawings.'''
     return '''The predictor of radiomics is no better than the mean on validation patients, so it
         judges no drawing.'''
 
@@ -246,8 +251,8 @@ def mask_text(
     for breast in both.itertuples():
         true = read_lesion_mask(prepared, breast.image_id_mlo, pathology=None)
         touched += bool((plt.imread(folder/breast.drawn_mask) > .5)[true].any())
-    return f'''Both views of {len(both)} test breasts show a mass. In {touched} of them the drawn mask
-        touches the true one.'''
+    return f'''Both views of {len(both)} test breasts show a mass. In {touched} of them the drawn
+        mask touches the true one.'''
 
 # %% ../../nbs/report/19_tour_other_view.ipynb #5306ab43
 @tour_section(84.5, 'The other view')
@@ -261,18 +266,19 @@ def other_view(
         tour.skip(s, f'{e}. In a clone of the library: `make radiomics`.')
         return
     prepared, predictions, facts, folder = other_view_results(tour)
-    s.text(f'''{prepared.cohort!r}. RadiomicsGAN draws the MLO of a breast. It reads the CC, the mask
-        of its mass, and 102 radiomics of the mass. {predictor_text(facts["skill"])}''')
+    s.text(f'''{prepared.cohort!r}. RadiomicsGAN draws the MLO of a breast. It reads the CC, the
+        mask of its mass, and 102 radiomics of the mass. {predictor_text(facts["skill"])}''')
     breasts = drawn_breasts(prepared, predictions)
     s.figure(show_drawings(prepared, breasts[:2], folder), '''The first test breasts with a mass in
-        both views. Gold: the true mass; cyan: the drawn one, where there is one. Red: the drawing is
-        too bright, blue: too dark.''', 'Rows of four: CC, true MLO, drawn MLO, and the difference.')
+        both views. Gold: the true mass; cyan: the drawn one, where there is one. Red: the drawing
+        is too bright, blue: too dark.''',
+        'Rows of four: CC, true MLO, drawn MLO, and the difference.')
     s.table(drawing_table(predictions, tour.config.n_boot), f'''{len(breasts)} test patients, inside
-        the breast of the true MLO, grey levels 0 to 1. The last column is a paired difference: above 0
-        the drawing is nearer to the truth. Intervals: 95 %, bootstrap over patients.''')
+        the breast of the true MLO, grey levels 0 to 1. The last column is a paired difference:
+        above 0 the drawing is nearer to the truth. Intervals: 95 %, bootstrap over patients.''')
     s.text(f'''{mask_text(prepared, breasts, folder)} No single number decides: a mean image is
         smooth, which SSIM rewards, although no breast looks like it.''')
     s.note(f'''A drawing cannot add anything about the breast that the CC and its annotation do not
-        hold. A mass that is hidden in the CC is hidden in the drawing, and what only the drawing shows
-        is invented. These numbers are those of about a minute of training on {facts["breasts"]}
-        breasts; `make bench NAME=radiomics_gan` measures it.''')
+        hold. A mass that is hidden in the CC is hidden in the drawing, and what only the drawing
+        shows is invented. These numbers are those of about a minute of training on
+        {facts["breasts"]} breasts; `make bench NAME=radiomics_gan` measures it.''')

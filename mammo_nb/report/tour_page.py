@@ -57,8 +57,8 @@ LIMITS_OF_THE_TOUR = ( # what the page does not show
     has none of them, and the films are of the 1990s.''',
     '''That the other view or the other breast helps to find masses. The networks of three views
     were trained for a minute, on breasts that are easy to read.''',
-    '''That a drawn view can replace one that was never taken. It holds nothing about the breast that
-    the view does not hold from which it was drawn.''',
+    '''That a drawn view can replace one that was never taken. It holds nothing about the breast
+    that the view does not hold from which it was drawn.''',
     'That attributions show causes. They show on which pixels a number depends.')
 
 @tour_section(90, 'What none of this shows')
