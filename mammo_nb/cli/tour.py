@@ -29,8 +29,8 @@ def mammo_tour(
     given = dict(n_patients=patients, epochs=epochs, seed=seed)
     if patients is not None: # sections with patients of their own
         least = dict(
-            n_risk_patients=24, n_gaze_patients=24, n_three_view_patients=40,
-            n_other_view_patients=24)
+            n_risk_patients=24, n_gaze_patients=24,
+            n_three_view_patients=40, n_other_view_patients=24)
         for name, n in least.items():
             given[name] = min(getattr(TourConfig, name), max(n, patients))
     if epochs is not None: # and with trainings of their own

@@ -60,7 +60,7 @@ class TourConfig:
     gaze_epochs: int = 10 # of the trainings of that section
     n_three_view_patients: int = 150 # in-silico patients drawn for the section on three views
     three_view_epochs: int = 6 # of the first training of that section
-    n_other_view_patients: int = 100 # in-silico patients, one breast each, for the other view
+    n_other_view_patients: int = 100 # patients for the section on the other view, one breast each
     other_view_epochs: int = 8 # of the training of that section
 
     def __post_init__(self):

@@ -191,23 +191,25 @@ _DIFFERENCE = dict(cmap='RdBu_r', vmin=-.4, vmax=.4)
 
 def _outline(ax, mask, color):
     "The outline of a mask, where there is one"
-    if mask is None or not np.any(mask): return
-    style = dict(levels=[.5], colors=color, linewidths=1)
-    ax.contour(mask, **style)
+    if mask is None or not mask.any(): return
+    ax.contour(mask, levels=[.5], colors=color, linewidths=1)
+
+def _true_view(prepared, image_id):
+    "Pixels and lesion mask of an image"
+    image = prepared.load(image_id).image[0]
+    return np.asarray(image), read_lesion_mask(prepared, image_id, pathology=None)
 
 def _draw_breast(axs, prepared, breast, folder):
     "CC, true MLO, drawn MLO and their difference; the image of the difference"
-    ids = breast.image_id_cc, breast.image_id_mlo
-    cc, true = (np.asarray(prepared.load(i).image[0]) for i in ids)
-    masks = [read_lesion_mask(prepared, i, pathology=None) for i in ids]
-    drawn = plt.imread(folder/breast.drawn)
-    drawn_mask = plt.imread(folder/breast.drawn_mask)
+    cc, cc_mask = _true_view(prepared, breast.image_id_cc)
+    true, mask = _true_view(prepared, breast.image_id_mlo)
+    drawn, drawn_mask = plt.imread(folder/breast.drawn), plt.imread(folder/breast.drawn_mask)
     for ax, image in zip(axs, (cc, true, drawn)): ax.imshow(image, cmap='gray', vmin=0, vmax=1)
-    _outline(axs[0], masks[0], 'gold')
-    _outline(axs[1], masks[1], 'gold')
-    _outline(axs[2], masks[1], 'gold')
+    _outline(axs[0], cc_mask, 'gold')
+    _outline(axs[1], mask, 'gold')
+    _outline(axs[2], mask, 'gold')
     _outline(axs[2], drawn_mask > .5, 'cyan')
-    draw_scale_bar(axs[0], prepared.load(ids[0]).spacing_mm)
+    draw_scale_bar(axs[0], prepared.load(breast.image_id_cc).spacing_mm)
     return axs[3].imshow(drawn-true, **_DIFFERENCE)
 
 def show_drawings(
