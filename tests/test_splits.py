@@ -131,6 +131,17 @@ def test_a_validation_set_is_carved_once():
         carve_valid(carve_valid(official))
 
 
+def test_a_validation_set_can_be_carved_by_other_strata():
+    official = split_patients(cohort(100), dict(train=.8, test=.2))
+    density = pd.Series({p: 'ABCD'[i % 4] for i, p in enumerate(official.patients)})
+    carved = patient_splits(carve_valid(official, .25, stratify=density))
+    train = patient_splits(official).loc[lambda s: s == 'train'].index
+    expected = density[train].value_counts()/4
+    valid = density[carved[carved == 'valid'].index].value_counts()
+    assert (valid - expected).abs().max() <= 1
+    assert carved[carved == 'test'].index.equals(patient_splits(official).loc[lambda s: s == 'test'].index)
+
+
 TAMPER = [
     lambda d: d['patients'].update(P3='train' if d['patients']['P3'] != 'train' else 'test'),
     lambda d: d['patients'].pop('P3'),
