@@ -46,7 +46,7 @@ from mammo_nb.samples.lesion_synthesis import (
 )
 from ..samples.loaders import prediction_dl
 
-# %% ../../nbs/learners/62_lesion_ldm.ipynb #4bb3480c
+# %% ../../nbs/learners/62_lesion_ldm.ipynb #a6ece97c
 def latent_key(
     autoencoder:PatchAutoencoder, # trained
     dataset # a `LesionSynthesisDataset`
@@ -57,19 +57,23 @@ def latent_key(
     config['autoencoder'], config['preparation_code'] = model_version(autoencoder), code_version()
     return text_sha256(repr(sorted(flatten_config(config).items())), 16)
 
+def _encode_pairs(autoencoder, dataset, bs):
+    "Latents of each batch: of the whole patches, and of those with holes"
+    device = next(autoencoder.parameters()).device
+    for inputs, targets in prediction_dl(dataset, bs, device):
+        images = targets['image'], inputs['masked_image']
+        with torch.no_grad(): yield [autoencoder.encode(image).cpu() for image in images]
+
 def compute_latents(
     autoencoder:PatchAutoencoder, # trained, in evaluation mode
     dataset, # a `LesionSynthesisDataset`
     bs:int=32 # patches a batch
 )->dict: # `latent`, `masked_latent` [N,Z,h,w] on the CPU, and `key`
     "Compute the latents of the patches of a dataset, whole and with their holes"
-    found = dict(latent=[], masked_latent=[])
-    device = next(autoencoder.parameters()).device
-    for inputs, targets in prediction_dl(dataset, bs, device):
-        pairs = dict(latent=targets['image'], masked_latent=inputs['masked_image'])
-        for name, image in pairs.items():
-            with torch.no_grad(): found[name].append(autoencoder.encode(image).cpu())
-    latents = {name: torch.cat(parts) for name, parts in found.items()}
+    with torch.random.fork_rng(devices=[]): # loaders draw from the global generator
+        pairs = list(_encode_pairs(autoencoder, dataset, bs))
+    parts = zip(('latent', 'masked_latent'), zip(*pairs))
+    latents = {name: torch.cat(batches) for name, batches in parts}
     return latents | dict(key=latent_key(autoencoder, dataset))
 
 # %% ../../nbs/learners/62_lesion_ldm.ipynb #6d31f5e6
