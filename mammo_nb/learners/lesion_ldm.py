@@ -7,10 +7,10 @@ __all__ = ['LESION_NUMBERS', 'latent_key', 'compute_latents', 'write_latents', '
            'with_latents', 'NoiseLatents', 'net_parameters', 'lesion_ldm_learner', 'lesion_cases', 'lesion_samples',
            'draw_patches', 'lesion_outputs', 'compare_lesions', 'evaluate_lesions']
 
-# %% ../../nbs/learners/62_lesion_ldm.ipynb #4b4e484c
+# %% ../../nbs/learners/62_lesion_ldm.ipynb #0249448d
 from functools import partial
 from pathlib import Path
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 import mammo_nb.core.fastai_import
 import fastai.callback.progress, fastai.callback.schedule
 from fastai.callback.core import Callback
@@ -35,7 +35,7 @@ from .resume import training_callbacks
 from .run_config import dataset_config, flatten_config
 from .systems import System, register
 from .weight_average import WeightAverage
-from ..metrics.image_quality import l1, psnr, ssim
+from ..metrics.image_quality import PSNR_LIMIT, l1, psnr, ssim
 from ..models.autoencoder import PatchAutoencoder
 from ..models.lesion_condition import draw_forget
 from ..models.lesion_ldm import LesionLDM
@@ -76,14 +76,16 @@ def compute_latents(
     latents = {name: torch.cat(batches) for name, batches in parts}
     return latents | dict(key=latent_key(autoencoder, dataset))
 
-# %% ../../nbs/learners/62_lesion_ldm.ipynb #6d31f5e6
+# %% ../../nbs/learners/62_lesion_ldm.ipynb #ca858f67
 def write_latents(
     latents:dict, # as from `compute_latents`
     path:str|Path # a file of safetensors
 ):
     "Write latents with their key"
-    tensors = {name: v.contiguous() for name, v in latents.items() if name != 'key'}
-    with atomic_path(path) as part: save_file(tensors, part, dict(key=latents['key']))
+    tensors = dict(latents)
+    about = dict(key=tensors.pop('key'))
+    with atomic_path(path) as part:
+        save_file(tensors, part, about)
 
 def read_latents(
     path:str|Path # as from `write_latents`
@@ -187,10 +189,9 @@ class NoiseLatents(Callback):
         if self.training: return draw_forget(n, self.whole, self.field)
         return draw_forget(n, 0., 0.)
 
-# %% ../../nbs/learners/62_lesion_ldm.ipynb #c6acc9dc
-def _make_autoencoder(dls, autoencoder, args, epochs, seed):
-    "The autoencoder that is given, or a new one that is trained first"
-    if autoencoder is not None: return autoencoder
+# %% ../../nbs/learners/62_lesion_ldm.ipynb #facb77b2
+def _train_autoencoder(dls, args, epochs, seed):
+    "A new autoencoder, trained on the patches of the loaders"
     epochs = check_range(epochs, 1, None, 'lesion_ldm_learner', 'autoencoder_epochs', whole=True)
     first = autoencoder_learner(copy_loaders(dls), model_args=args, seed=seed)
     with first.no_bar(), first.no_logging(): first.fit_one_cycle(epochs, 2e-3)
@@ -214,7 +215,7 @@ def net_parameters(
     "List what is trained: condition and denoiser"
     return [list(model.net.parameters())]
 
-# %% ../../nbs/learners/62_lesion_ldm.ipynb #bae83ada
+# %% ../../nbs/learners/62_lesion_ldm.ipynb #3a9668a7
 @delegates(Learner.__init__)
 def lesion_ldm_learner(
     dls:DataLoaders, # from `lesion_dls`; with `augment=None` latents are computed once
@@ -235,8 +236,8 @@ def lesion_ldm_learner(
     **kwargs # go to `Learner`
 )->Learner: # ready for `fit`
     "Make a fastai learner for LesionLDM"
-    if model is None:
-        autoencoder = _make_autoencoder(dls, autoencoder, autoencoder_args, autoencoder_epochs, seed)
+    if model is None and autoencoder is None:
+        autoencoder = _train_autoencoder(dls, autoencoder_args, autoencoder_epochs, seed)
     if seed is not None: seed_everything(seed)
     model = _make_model(dls, model, model_args, autoencoder).to(dls.device)
     version = model_version(model.autoencoder)
@@ -249,7 +250,7 @@ def lesion_ldm_learner(
     options = dict(opt_func=partial(Adam, wd=.01), splitter=net_parameters) | kwargs
     return Learner(dls, model, nn.MSELoss(), lr=lr, cbs=[*own, *L(cbs)], **options)
 
-# %% ../../nbs/learners/62_lesion_ldm.ipynb #bb051248
+# %% ../../nbs/learners/62_lesion_ldm.ipynb #e9e22ade
 def lesion_cases(
     cohort:Cohort, # any cohort with findings
     model:LesionLDM|None=None, # not used
@@ -267,7 +268,8 @@ def lesion_samples(
     **options # not used
 )->LesionSynthesisDataset: # images are read when they are needed
     "Make the samples of LesionLDM, cut as in its training"
-    known = {name: model.training_info[name] for name in _WINDOW if name in model.training_info}
+    info = model.training_info
+    known = {name: info[name] for name in _WINDOW if name in info}
     return LesionSynthesisDataset(prepared, rows, **known, in_memory=False)
 
 def draw_patches(
@@ -281,22 +283,26 @@ def draw_patches(
         drawn = torch.where(inputs['mask'].bool(), decoded, inputs['masked_image'])
     return dict(drawn=drawn, decoded=decoded)
 
-# %% ../../nbs/learners/62_lesion_ldm.ipynb #4881394f
+# %% ../../nbs/learners/62_lesion_ldm.ipynb #1dab4e14
 def lesion_outputs(
     model:LesionLDM, # not used
     out:dict, # as from `draw_patches`
     inputs # batch of `LesionInputs`
 )->dict: # images `drawn`, `decoded`, and `mean_intensity` of the hole [B]
     "Take the drawings"
-    mask = inputs['mask'].bool()
-    total = (out['drawn'].double()*mask).sum((1, 2, 3))
-    return dict(mean_intensity=total/mask.sum((1, 2, 3)).clamp(min=1)) | out
+    mask = inputs['mask'].double()
+    inside = out['drawn'].double()*mask
+    size = mask.sum((1, 2, 3))
+    mean = inside.sum((1, 2, 3))/size.clamp(min=1)
+    return dict(mean_intensity=mean) | out
 
-def _region(values, other, mask):
-    "SSIM and PSNR of a region of two patches; NaN where it is empty"
-    if not mask.any(): return dict(ssim_outside=torch.nan, psnr_outside=torch.nan)
-    arrays = values, other, 1., mask
-    return dict(ssim_outside=ssim(*arrays), psnr_outside=psnr(*arrays))
+def _compare_one(drawn, decoded, true, mask):
+    "Numbers of one patch [H,W]; NaN where a region is empty"
+    found = dict(ssim_outside=np.nan, psnr_outside=np.nan, l1_hole=np.nan)
+    outside = decoded, true, 1., ~mask
+    if not mask.all(): found |= dict(ssim_outside=ssim(*outside), psnr_outside=psnr(*outside))
+    if mask.any(): found['l1_hole'] = l1(drawn, true, mask)
+    return found
 
 def compare_lesions(
     model:LesionLDM, # its autoencoder is measured too
@@ -305,16 +311,15 @@ def compare_lesions(
     targets # batch of `LesionTargets`
 )->dict: # numbers [B], NaN where there is no such region
     "Compare the drawings of a batch with the true patches, region by region"
-    true, rows = targets['image'], []
-    pairs = zip(out['drawn'], out['decoded'], true, inputs['mask'])
-    for patches in pairs:
-        drawn, decoded, real, mask = (p[0].cpu().numpy() for p in patches)
-        row = _region(decoded, real, ~mask)
-        rows.append(row | dict(l1_hole=l1(drawn, real, mask) if mask.any() else torch.nan))
-    found = pd.DataFrame(rows).astype(float).to_dict('list')
-    found = {name: torch.tensor(values).double() for name, values in found.items()}
+    true = targets['image']
+    parts = out['drawn'], out['decoded'], true, inputs['mask'].bool()
+    arrays = [part[:, 0].cpu().numpy() for part in parts]
+    table = pd.DataFrame([_compare_one(*one) for one in zip(*arrays)]).astype(float)
+    table['psnr_outside'] = table.psnr_outside.clip(upper=PSNR_LIMIT)
+    found = {name: torch.tensor(table[name].to_numpy()) for name in table}
     whole = compare_patches(model.autoencoder(true)['image'], true)
-    return found | {f'{name}_reconstruction': whole[name] for name in ('ssim', 'psnr')}
+    for name in ('ssim', 'psnr'): found[f'{name}_reconstruction'] = whole[name]
+    return found
 
 # %% ../../nbs/learners/62_lesion_ldm.ipynb #e5cee937
 LESION_NUMBERS = (
