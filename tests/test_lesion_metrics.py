@@ -60,6 +60,12 @@ def test_agreement_leaves_unknown_conditions_out():
     with pytest.raises(InputError, match='3 asked'): agreement_table(rows, dict(x=[0, 1, 1]), dict(x=[0]*4))
 
 
+def test_one_patient_has_no_interval():
+    table = agreement_table(pd.DataFrame(dict(patient_id=['a']*4)), dict(x=[0, 0, 1, 1]), dict(x=[0, 1, 1, 1]))
+    row = evaluate_agreement(table, n_boot=50).iloc[0]
+    assert row.accuracy == .75 and np.isnan([row.accuracy_low, row.balanced_accuracy_high]).all()
+
+
 def test_intervals_are_over_patients():
     "Ten equal patches of a patient are no more evidence than one"
     rng = np.random.default_rng(0)

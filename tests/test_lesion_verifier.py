@@ -102,8 +102,8 @@ def test_brightness_reaches_the_small_encoder():
     torch.manual_seed(0)
     a, b = torch.full((1, 1, 32, 32), .3), torch.full((1, 1, 32, 32), .6)
     plain, contrast = LesionVerifier(width=4).eval(), LesionVerifier(width=4, sigma=6).eval()
-    assert not torch.allclose(plain(a)['density'], plain(b)['density'], atol=1e-3)
-    assert torch.allclose(contrast(a)['density'], contrast(b)['density'], atol=1e-3)
+    read, lost = ((model(a)['density']-model(b)['density']).abs().max() for model in (plain, contrast))
+    assert read > 1e-5 and lost < read/10
 
 
 def test_targets_of_rows_are_those_of_the_batches(dls):
@@ -164,9 +164,9 @@ def test_a_verifier_learns_what_is_there(dls):
     category[:, 0] = mass
     x = dict(category=category, **{k: torch.full((n,), v) for k, v in ATTRIBUTES.items()})
     model = LesionVerifier(width=4)
-    opt = torch.optim.Adam(model.parameters(), 1e-2)
+    opt = torch.optim.Adam(model.parameters(), 5e-3)
     targets = verifier_targets(x)
-    for _ in range(25):
+    for _ in range(80):
         loss = sum(verifier_terms(model(image[:100]), {k: v[:100] for k, v in targets.items()}).values())
         opt.zero_grad()
         loss.backward()
@@ -217,6 +217,16 @@ def test_balanced_accuracy_over_batches(dls):
     with learn.no_bar(): value = learn.validate()[1]
     measured = measure_verifier(learn.model.eval(), dls, n_boot=10).set_index('head')
     assert value == pytest.approx(measured.balanced_accuracy['mass'])
+
+
+def test_a_head_without_labels_is_measured_as_nothing_and_refused(dls):
+    model = LesionVerifier(width=4, buckets='suspicious').eval()
+    rows = dls.train_ds.rows.assign(density=np.nan)
+    measured = measure_verifier(model, verifier_samples(dls.train_ds.prepared, rows, model), n_boot=20)
+    row = measured.set_index('head').loc['density']
+    assert row.n == 0 and np.isnan(row.balanced_accuracy)
+    assert not passing_heads(measured)['density']
+    with pytest.raises(InputError, match='density nan'): check_verifier(measured, heads=('density',))
 
 
 def test_training_mode_is_refused():

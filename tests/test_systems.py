@@ -113,6 +113,9 @@ learn.model.save_pretrained(folder + '/model')
 '''
 ENCODER = dict(width=4, stem=4, modules=(1, 1, 1), blocks=1, finest=2, sigma=3.)
 DETECTOR = ENCODER | dict(channels=16, dim=32, heads=2, roi_size=3, anchor_scale=4., n_proposals=16, n_sampled=16)
+AUTOENCODER = dict(channels=(4, 4, 4, 8), blocks=1, attention=False)
+DIFFUSION = dict(
+    denoiser='transformer', denoiser_args=dict(width=16, depth=1, heads=2), dim=16, vit=dict(dim=16, depth=1, heads=2, patch=32), steps=2)
 SCRIPTS = dict(
     two_view=dict(dls='two_view_dls', learner='two_view_learner', arguments=''),
     mammonet=dict(dls='two_view_dls', learner='mammonet_learner', arguments=", 'cross_view', encoder='small', stride=8"),
@@ -129,6 +132,9 @@ SCRIPTS = dict(
     radiomics_gan=dict(
         dls='view_synthesis_dls', learner='radiomics_gan_learner',
         arguments=', model_args=dict(width=4, depth=3, hidden=8), perceptual=False'),
+    lesion_ldm=dict(
+        dls='lesion_dls', learner='lesion_ldm_learner',
+        arguments=f', autoencoder_args={AUTOENCODER}, autoencoder_epochs=1, model_args={DIFFUSION}'),
     registration=dict(dls='pair_dls', learner='registration_learner', arguments=', model_args=dict(width=4, depth=1)'))
 
 

@@ -30,14 +30,15 @@ from ..models.autoencoder import AutoencoderLoss, PatchAutoencoder
 from ..models.feature_maps import FeatureMaps
 from ..samples.loaders import prediction_dl
 
-# %% ../../nbs/learners/60_lesion_autoencoder.ipynb #d4bd9c41
+# %% ../../nbs/learners/60_lesion_autoencoder.ipynb #0783a54d
 class TrainOnPatches(Callback):
     "Feed whole patches to an autoencoder, and compare with them"
     order = -50
     def before_batch(self):
         "The true patch is input and target"
-        image = self.learn.yb[0]['image']
-        self.learn.xb, self.learn.yb = (image,), (image,)
+        targets = self.learn.yb[0]
+        self.learn.xb = (targets['image'],)
+        self.learn.yb = self.learn.xb
 
     def after_loss(self):
         "Leave the reconstruction alone as the prediction"
@@ -54,20 +55,26 @@ class MeasureScale(Callback):
         batches = prediction_dl(self.dls.train_ds, self.dls.train.bs, self.dls.device)
         model.measure_scale(targets['image'] for _, targets in batches)
 
-# %% ../../nbs/learners/60_lesion_autoencoder.ipynb #0c690f02
+# %% ../../nbs/learners/60_lesion_autoencoder.ipynb #adf799cd
 MEASURES = dict(l1=l1, ssim=partial(ssim, data_range=1.), psnr=partial(psnr, data_range=1.))
+
+def _arrays(patches):
+    "[B,H,W] float32"
+    first = patches[:, 0].detach().float()
+    return first.cpu().numpy()
 
 def compare_patches(
     drawn:Tensor, # [B,1,H,W] in [0, 1]
     true:Tensor # [B,1,H,W] in [0, 1]
 )->dict: # `l1`, `ssim`, `psnr` -> float64 [B]
     "Compare patches with true ones, data range 1"
-    found = {name: [] for name in MEASURES}
-    arrays = (images[:, 0].detach().float().cpu().numpy() for images in (drawn, true))
-    for pair in zip(*arrays):
-        for name, measure in MEASURES.items(): found[name].append(float(measure(*pair)))
-    table = {name: torch.tensor(values, dtype=torch.double) for name, values in found.items()}
-    return table | dict(psnr=table['psnr'].clamp(max=PSNR_LIMIT))
+    drawn, true = map(_arrays, (drawn, true))
+    found = {}
+    for name, measure in MEASURES.items():
+        values = [float(measure(*pair)) for pair in zip(drawn, true)]
+        found[name] = torch.tensor(values, dtype=torch.double)
+    found['psnr'] = found['psnr'].clamp(max=PSNR_LIMIT)
+    return found
 
 class PatchMetric(Metric):
     "Mean over validation patches of one of `MEASURES`"
@@ -80,7 +87,9 @@ class PatchMetric(Metric):
     @property
     def name(self): return self.measure
     @property
-    def value(self): return float(np.mean(self.values)) if self.values else float('nan')
+    def value(self):
+        if not self.values: return float('nan')
+        return float(np.mean(self.values))
     def reset(self): self.values = []
     def accumulate(self, learn):
         values = compare_patches(learn.pred, learn.yb[0])[self.measure]

@@ -77,7 +77,8 @@ SYSTEM_MODULES = dict( # name of a system -> module that registers it
     unaligned_risk=f'{_LEARNERS}.risk',
     current_exam=f'{_LEARNERS}.risk',
     density=f'{_LEARNERS}.risk',
-    radiomics_gan=f'{_LEARNERS}.radiomics_gan')
+    radiomics_gan=f'{_LEARNERS}.radiomics_gan',
+    lesion_ldm=f'{_LEARNERS}.lesion_ldm')
 _SYSTEMS = {}
 
 def register(

@@ -37,7 +37,7 @@ class WeightAverage(Callback):
     ):
         self.decay = check_range(decay, 0, 1, 'WeightAverage', 'decay')
         self.part, self.other, self.averaged = part, None, False
-        self.ramp, self.steps = ramp, 0
+        self.ramp, self.n_steps = ramp, 0
 
     @property
     def module(self):
@@ -58,21 +58,21 @@ class WeightAverage(Callback):
 
     def resume_state(self):
         "The other set of weights, and which one is in the model"
-        return dict(other=self.other, averaged=self.averaged, steps=self.steps)
+        return dict(other=self.other, averaged=self.averaged, n_steps=self.n_steps)
 
     def load_resume_state(self, state):
         "Continue with saved weights"
         device = next(self.module.parameters()).device
         saved = state['other']
         self.other = {name: value.to(device) for name, value in saved.items()}
-        self.averaged, self.steps = state['averaged'], state.get('steps', 0)
+        self.averaged, self.n_steps = state['averaged'], state.get('n_steps', 0)
 
 # %% ../../nbs/learners/03_weight_average.ipynb #7acb5e02
 @patch
 def before_fit(self:WeightAverage):
     "Start the average at the initial weights"
     if not is_fitting(self.learn): return
-    self.other, self.averaged, self.steps = copy_weights(self.module), False, 0
+    self.other, self.averaged, self.n_steps = copy_weights(self.module), False, 0
 
 @patch
 def average_in_model(self:WeightAverage,
@@ -87,8 +87,8 @@ def after_step(self:WeightAverage):
     "Update the average"
     if not is_fitting(self.learn): return
     weights = self.module.state_dict()
-    self.steps += 1
-    decay = min(self.decay, (1+self.steps)/(10+self.steps)) if self.ramp else self.decay
+    self.n_steps += 1
+    decay = min(self.decay, (1+self.n_steps)/(10+self.n_steps)) if self.ramp else self.decay
     update_average(self.other, weights, decay)
 
 # %% ../../nbs/learners/03_weight_average.ipynb #28cbe922

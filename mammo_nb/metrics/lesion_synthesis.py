@@ -75,15 +75,22 @@ def agreement_table(
         parts.append(part[label >= 0])
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/metrics/40_lesion_synthesis.ipynb #42448e15
+# %% ../../nbs/metrics/40_lesion_synthesis.ipynb #391202a9
+def _estimate(table, metric, n_boot, seed):
+    "A metric with its interval, NaN for less than two patients"
+    value = metric(table.label, table['value'])
+    if table.patient_id.nunique() < 2: return value, np.nan, np.nan
+    e = bootstrap_ci(table, metric, n_boot=n_boot, seed=seed)
+    return e.value, e.low, e.high
+
 def _estimates(own, n_boot, seed):
     "Accuracy and balanced accuracy of one attribute, with intervals"
     table = own[['patient_id', 'label', 'value']].assign(image_id=own['sample'].astype(str))
     row = {}
     metrics = dict(accuracy=class_accuracy, balanced_accuracy=class_balanced_accuracy)
     for name, metric in metrics.items():
-        e = bootstrap_ci(table, metric, n_boot=n_boot, seed=seed)
-        row |= {name: e.value, f'{name}_low': e.low, f'{name}_high': e.high}
+        value, low, high = _estimate(table, metric, n_boot, seed)
+        row |= {name: value, f'{name}_low': low, f'{name}_high': high}
     return row
 
 def evaluate_agreement(

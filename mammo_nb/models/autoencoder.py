@@ -111,7 +111,7 @@ def forward(self:PatchAutoencoder,
     if not self.training: drawn = drawn.clamp(0, 1)
     return dict(image=drawn, mean=mean, logvar=logvar)
 
-# %% ../../nbs/models/80_autoencoder.ipynb #47b392bc
+# %% ../../nbs/models/80_autoencoder.ipynb #7a7604b8
 def kl_per_pixel(
     mean:Tensor, # [B,Z,h,w]
     logvar:Tensor, # [B,Z,h,w], logarithm of the variance
@@ -119,7 +119,8 @@ def kl_per_pixel(
 )->Tensor: # scalar, at least 0
     "Compute the KL divergence to the standard normal distribution, per pixel"
     kl = (mean.square()+logvar.exp()-1-logvar)/2
-    return kl.flatten(1).sum(1).mean()/n_pixels
+    of_image = kl.sum((1, 2, 3))
+    return of_image.mean()/n_pixels
 
 class AutoencoderLoss(nn.Module):
     "Absolute difference, deep features and KL"

@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
 
-# %% ../../nbs/models/83_denoiser.ipynb #3e8e01ff
+# %% ../../nbs/models/83_denoiser.ipynb #53f290a4
 def grid_channels(
     latent_channels:int # of the autoencoder
 )->int: # channels of the denoiser's input
@@ -27,10 +27,11 @@ def grid_channels(
 
 def _grid_inputs(noisy, masked, hole):
     "[B,2Z+1,h,w], or an error that names the shapes"
-    b, z, h, w = noisy.shape
-    if tuple(masked.shape) == (b, z, h, w) and tuple(hole.shape) == (b, 1, h, w):
+    shapes = [list(t.shape) for t in (noisy, masked, hole)]
+    b, z, h, w = shapes[0]
+    if shapes[1:] == [[b, z, h, w], [b, 1, h, w]]:
         return torch.cat([noisy, masked, hole.to(noisy.dtype)], 1)
-    found = f'{list(noisy.shape)}, {list(masked.shape)} and {list(hole.shape)}'
+    found = ', '.join(map(str, shapes))
     expected = 'z_t and z_masked [B,Z,h,w], and hole [B,1,h,w]'
     raise InputError('denoiser', 'latents', found, expected)
 
@@ -168,18 +169,29 @@ class TransformerDenoiser(nn.Module):
         nn.init.normal_(self.last.weight, std=.02)
         nn.init.zeros_(self.last.bias)
 
-# %% ../../nbs/models/83_denoiser.ipynb #28cd2196
+# %% ../../nbs/models/83_denoiser.ipynb #23b6552c
+@patch
+def check_sides(self:TransformerDenoiser,
+    noisy:Tensor # [B,Z,h,w]
+): # nothing; raises `InputError`
+    "Refuse sides that are no whole number of squares"
+    if not any(n % self.cells for n in noisy.shape[-2:]): return
+    expected = f'sides that are multiples of {self.cells}'
+    raise InputError('TransformerDenoiser', 'noisy', list(noisy.shape), expected)
+
 @patch
 def to_grid(self:TransformerDenoiser,
     x:Tensor, # [B,N,Z*cells*cells] tokens
     size:tuple # (rows, columns) of squares
 )->Tensor: # [B,Z,h,w]
     "Put the squares back to their places"
-    rows, columns = size
-    squares = x.view(len(x), rows, columns, self.latent_channels, self.cells, self.cells)
+    n, (rows, columns) = len(x), size
+    squares = x.view(n, rows, columns, -1, self.cells, self.cells)
     squares = squares.permute(0, 3, 1, 4, 2, 5)
-    return squares.reshape(len(x), -1, rows*self.cells, columns*self.cells)
+    sides = [k*self.cells for k in size]
+    return squares.reshape(n, -1, *sides)
 
+# %% ../../nbs/models/83_denoiser.ipynb #807c0571
 @patch
 def forward(self:TransformerDenoiser,
     noisy:Tensor, # [B,Z,h,w] latent with noise; h and w are multiples of `cells`
@@ -190,16 +202,20 @@ def forward(self:TransformerDenoiser,
     pooled:Tensor # [B,dim] summary of the attributes
 )->Tensor: # [B,Z,h,w] noise, or velocity
     "Predict the noise"
-    if any(n % self.cells for n in noisy.shape[-2:]):
-        expected = f'sides that are multiples of {self.cells}'
-        raise InputError('TransformerDenoiser', 'noisy', list(noisy.shape), expected)
+    self.check_sides(noisy)
     x = self.cut(_grid_inputs(noisy, masked, hole))
-    size = x.shape[-2:]
-    x = x.flatten(2).mT + grid_positions(*size, x.shape[1]).to(x)
-    e = self.time(self.wave(t.expand(len(x))).to(x.dtype))+self.told(pooled)
+    _, width, *size = x.shape
+    x = x.flatten(2).mT
+    x = x+grid_positions(*size, width).to(x)
+
+    waves = self.wave(t.expand(len(x)))
+    e = self.time(waves.to(x.dtype))+self.told(pooled)
     for block in self.blocks: x = block(x, tokens, e)
-    scale, shift = self.modulate(F.silu(e))[:, None].chunk(2, 2)
-    return self.to_grid(self.last((1+scale)*self.norm(x)+shift), size)
+
+    factors = self.modulate(F.silu(e))[:, None]
+    scale, shift = factors.chunk(2, 2)
+    x = (1+scale)*self.norm(x)+shift
+    return self.to_grid(self.last(x), size)
 
 # %% ../../nbs/models/83_denoiser.ipynb #65e0aa72
 DENOISERS = dict(unet=UNetDenoiser, transformer=TransformerDenoiser)

@@ -16,7 +16,7 @@ from ..core.errors import InputError, check_range
 from ..core.vocabulary import KINDS
 from ..samples.lesion_synthesis import ATTRIBUTES
 
-# %% ../../nbs/models/82_lesion_condition.ipynb #66e66ca4
+# %% ../../nbs/models/82_lesion_condition.ipynb #069364d6
 FIELDS = (*ATTRIBUTES, 'category', 'box') # order of the tokens
 
 def unknown_attributes(
@@ -24,9 +24,11 @@ def unknown_attributes(
     device=None # of the tensors
 )->dict: # field -> values of `n` samples of which nothing is known
     "Make attributes of which all are unknown"
-    found = {name: torch.full((n,), count, device=device) for name, count in ATTRIBUTES.items()}
-    found['category'] = torch.full((n, len(KINDS)), torch.nan, device=device)
-    found['box'] = torch.full((n, 4), torch.nan, device=device)
+    found = {}
+    for name, count in ATTRIBUTES.items():
+        found[name] = torch.full((n,), count, device=device)
+    for name, count in dict(category=len(KINDS), box=4).items():
+        found[name] = torch.full((n, count), torch.nan, device=device)
     return found
 
 def forget_attributes(
@@ -56,7 +58,7 @@ def draw_forget(
     one_lost = torch.rand(n, len(FIELDS), generator=generator) < field
     return all_lost | one_lost
 
-# %% ../../nbs/models/82_lesion_condition.ipynb #9d7915aa
+# %% ../../nbs/models/82_lesion_condition.ipynb #6327292c
 class AttributeEmbedder(nn.Module):
     "Attributes of lesions -> one token a field, and their mean"
     def __init__(self,
@@ -65,8 +67,10 @@ class AttributeEmbedder(nn.Module):
         super().__init__()
         tables = {name: nn.Embedding(n+1, dim) for name, n in ATTRIBUTES.items()}
         self.tables = nn.ModuleDict(tables)
-        self.numbers = nn.ModuleDict(dict(category=nn.Linear(len(KINDS), dim), box=nn.Linear(4, dim)))
-        self.unknown = nn.ParameterDict({name: nn.Parameter(torch.randn(dim)) for name in self.numbers})
+        self.numbers, self.unknown = nn.ModuleDict(), nn.ParameterDict()
+        for name, n in dict(category=len(KINDS), box=4).items():
+            self.numbers[name] = nn.Linear(n, dim)
+            self.unknown[name] = nn.Parameter(torch.randn(dim))
         self.field = nn.Parameter(.1*torch.randn(len(FIELDS), dim))
         self.norm = nn.LayerNorm(dim)
 
@@ -147,7 +151,7 @@ class HoleEncoder(nn.Module):
         channels = [2*masked_image-1, mask.to(masked_image.dtype)]
         return self.project(self.vit.forward_features(torch.cat(channels, 1)))
 
-# %% ../../nbs/models/82_lesion_condition.ipynb #114cb773
+# %% ../../nbs/models/82_lesion_condition.ipynb #d8e1edd3
 class LesionCondition(nn.Module):
     "A patch with a hole, attributes, and perhaps a report -> tokens and a summary"
     def __init__(self,
@@ -171,8 +175,11 @@ class LesionCondition(nn.Module):
     def forward(self,
         inputs:dict # `masked_image`, `mask`, attributes; perhaps `report` [B,N,extra_dim]
     )->tuple: # tokens [B,T,dim], summary of the attributes [B,dim]
-        n = len(inputs['masked_image'])
+        tokens = self.image(inputs['masked_image'], inputs['mask'])
+        n = len(tokens)
         attributes, mean = self.attributes(inputs)
-        tokens = [self.image(inputs['masked_image'], inputs['mask']), attributes.expand(n, -1, -1)]
-        if self.extra is not None: tokens.append(self.extra_tokens(inputs.get('report'), n))
-        return torch.cat(tokens, 1), mean.expand(n, -1)
+        parts = [tokens, attributes.expand(n, -1, -1)]
+        if self.extra is not None:
+            report = inputs.get('report')
+            parts.append(self.extra_tokens(report, n))
+        return torch.cat(parts, 1), mean.expand(n, -1)

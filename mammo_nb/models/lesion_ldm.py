@@ -91,7 +91,7 @@ def condition(self:LesionLDM,
     hole = F.avg_pool2d(read['mask'].to(known.dtype), self.autoencoder.cell)
     return dict(masked=masked_latent, hole=hole, tokens=tokens, pooled=pooled)
 
-# %% ../../nbs/models/86_lesion_ldm.ipynb #98a6b987
+# %% ../../nbs/models/86_lesion_ldm.ipynb #36a11ebc
 @patch
 def denoise(self:LesionLDM,
     noisy:Tensor, # [B,Z,h,w]
@@ -99,7 +99,9 @@ def denoise(self:LesionLDM,
     condition:dict # as from `condition`
 )->Tensor: # [B,Z,h,w] noise, or velocity
     "Predict the noise in latents"
-    return self.net['denoiser'](noisy, t.expand(len(noisy)), **condition)
+    denoiser = self.net['denoiser']
+    steps = t.expand(len(noisy))
+    return denoiser(noisy, steps, **condition)
 
 @patch
 def draw_noise(self:LesionLDM,
@@ -123,9 +125,11 @@ def loss(self:LesionLDM,
     "Compute the error of the predicted noise"
     with torch.no_grad(): latent = self.autoencoder.encode(image)
     noisy, t, target = self.draw_noise(latent, generator)
-    return F.mse_loss(self.denoise(noisy, t, self.condition(inputs, forget)), target)
+    condition = self.condition(inputs, forget)
+    predicted = self.denoise(noisy, t, condition)
+    return F.mse_loss(predicted, target)
 
-# %% ../../nbs/models/86_lesion_ldm.ipynb #55e4464f
+# %% ../../nbs/models/86_lesion_ldm.ipynb #353cfce6
 @patch
 def guided_noise(self:LesionLDM,
     noisy:Tensor, # [B,Z,h,w]
@@ -137,20 +141,28 @@ def guided_noise(self:LesionLDM,
     "Predict the noise with guidance"
     if guidance == 1: return self.denoise(noisy, t, with_attributes)
     if guidance == 0: return self.denoise(noisy, t, without)
-    both = {name: torch.cat([without[name], own]) for name, own in with_attributes.items()}
-    unconditional, conditional = self.denoise(noisy.repeat(2, 1, 1, 1), t, both).chunk(2)
+    both = {}
+    for name, own in with_attributes.items():
+        both[name] = torch.cat([without[name], own])
+    twice = torch.cat([noisy, noisy])
+    unconditional, conditional = self.denoise(twice, t, both).chunk(2)
     return unconditional+guidance*(conditional-unconditional)
 
-# %% ../../nbs/models/86_lesion_ldm.ipynb #06d2113d
+# %% ../../nbs/models/86_lesion_ldm.ipynb #7860820c
 def sample_generators(
     seed, # one number, or one a sample
     n:int # samples
 )->list: # generators on the CPU
     "Make one generator a sample"
-    seeds = [stable_hash(seed, k) for k in range(n)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != n:
-        raise InputError('LesionLDM.sample', 'seed', f'{len(seeds)} seeds', f'one number, or {n}')
-    return [torch.Generator().manual_seed(int(s) % 2**63) for s in seeds]
+    if isinstance(seed, int): seed = [stable_hash(seed, k) for k in range(n)]
+    if len(seed) != n:
+        found, expected = f'{len(seed)} seeds', f'one number, or {n}'
+        raise InputError('LesionLDM.sample', 'seed', found, expected)
+    generators = []
+    for own in seed:
+        generator = torch.Generator()
+        generators.append(generator.manual_seed(int(own) % 2**63))
+    return generators
 
 def content_seeds(
     inputs:dict # `masked_image`, `mask` and attributes of a batch
@@ -166,7 +178,7 @@ def content_seeds(
         seeds.append(int.from_bytes(digest.digest()[:8], 'big'))
     return seeds
 
-# %% ../../nbs/models/86_lesion_ldm.ipynb #65fae2ef
+# %% ../../nbs/models/86_lesion_ldm.ipynb #95c2f0e0
 def _step_options(scheduler, generators, eta):
     "What the step of this scheduler takes"
     own = dict(generator=generators, eta=eta)
@@ -185,7 +197,9 @@ def check_scheduler(self:LesionLDM,
 
 def _known_cells(hole):
     "[B,1,h,w] bool: cells that neither the hole nor its neighbours touch"
-    return F.max_pool2d((hole > 0).float(), 3, 1, 1) == 0
+    touched = (hole > 0).float()
+    near = F.max_pool2d(touched, 3, 1, 1)
+    return near == 0
 
 # %% ../../nbs/models/86_lesion_ldm.ipynb #bf624ef5
 @patch
@@ -216,7 +230,7 @@ def sample_latents(self:LesionLDM,
         z = torch.where(known, around, z)
     return z
 
-# %% ../../nbs/models/86_lesion_ldm.ipynb #f0f4bf67
+# %% ../../nbs/models/86_lesion_ldm.ipynb #514e506a
 @patch
 def sampling_scheduler(self:LesionLDM,
     scheduler, # one of `SAMPLERS`, or a scheduler of diffusers
@@ -234,7 +248,7 @@ def sampling_scheduler(self:LesionLDM,
 @patch
 @torch.no_grad()
 def sample(self:LesionLDM,
-    inputs:dict, # `masked_image` [B,1,S,S] in [0, 1], `mask` [B,1,S,S]; attributes: absent ones are unknown
+    inputs:dict, # `masked_image` [B,1,S,S] in [0, 1], `mask`; absent attributes are unknown
     steps:int=50, # of sampling
     guidance:float=1., # 1: conditional, 0: unconditional, above 1: beyond the condition
     scheduler='ddim', # one of `SAMPLERS`, or a scheduler of diffusers
@@ -253,7 +267,8 @@ def sample(self:LesionLDM,
     if paste and not mask.any(): return known.clone()
     generators = sample_generators(seed, len(known))
     options = eta, blend and has_context, progress
-    drawn = self.autoencoder.decode(self.sample_latents(inputs, own, guidance, generators, *options))
+    latents = self.sample_latents(inputs, own, guidance, generators, *options)
+    drawn = self.autoencoder.decode(latents)
     return torch.where(mask, drawn.to(known), known) if paste else drawn
 
 # %% ../../nbs/models/86_lesion_ldm.ipynb #fd9f37ad

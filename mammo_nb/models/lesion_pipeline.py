@@ -49,7 +49,7 @@ OUTPUT_TYPES = ('pt', 'np', 'pil')
 
 def convert_images(
     images:Tensor, # [B,1,H,W] in [0, 1]
-    output_type:str='pt' # `pt`: as they are; `np`: [B,H,W,1] array; `pil`: list of grey 8-bit images
+    output_type:str='pt' # `pt`: as they are; `np`: [B,H,W,1] array; `pil`: grey 8-bit images
 ): # the same images
     "Convert drawn images"
     check_in(output_type, OUTPUT_TYPES, 'LesionPipeline', 'output_type')
@@ -139,29 +139,38 @@ def from_pretrained(cls:LesionPipeline,
     if scheduler is None: scheduler = kind.from_pretrained(folder/'scheduler')
     return cls(model, scheduler)
 
-# %% ../../nbs/models/88_lesion_pipeline.ipynb #4836877d
+# %% ../../nbs/models/88_lesion_pipeline.ipynb #daf68cb4
+def _check_box(box, shape):
+    "The sides of a box as numbers; refuses one that is not in an image"
+    x0, y0, x1, y1 = map(float, box)
+    rows, columns = shape
+    if 0 <= x0 < x1 <= columns and 0 <= y0 < y1 <= rows: return x0, y0, x1, y1
+    expected = f'xmin < xmax and ymin < ymax inside {columns} x {rows} pixels'
+    raise InputError('lesion_inputs', 'box', [x0, y0, x1, y1], expected)
+
 def lesion_inputs(
     image:Tensor, # [1,H,W] prepared image in [0, 1]
     box, # xmin, ymin, xmax, ymax of the lesion, pixels
     size:int, # of the patch that the model reads, pixels
-    context:float|None=3., # width of the window by the longer side of the box; `None`: `size` pixels
+    context:float|None=3., # width of the window by the longer side of the box; `None`: `size`
     margin:float=.25, # of the hole around the box, by its sides
     **attributes # `density`, `view`, `laterality`, `birads`, `kinds`: words; absent: unknown
-)->tuple: # inputs of one sample (a batch of 1), window (4 whole numbers, pixels)
+)->tuple: # inputs (a batch of 1), window (4 whole numbers, pixels)
     "Cut a window around a place, and write words as numbers"
-    for name in attributes: check_in(name, (*ATTRIBUTES, 'kinds'), 'lesion_inputs', 'attributes')
-    x0, y0, x1, y1 = map(float, box)
-    rows, columns = image.shape[-2:]
-    if not (0 <= x0 < x1 <= columns and 0 <= y0 < y1 <= rows):
-        expected = f'xmin < xmax and ymin < ymax inside {columns} x {rows} pixels'
-        raise InputError('lesion_inputs', 'box', [x0, y0, x1, y1], expected)
-    width = size if context is None else max(1, round(context*max(x1-x0, y1-y0)))
-    window = place_window(box, width, (rows, columns), margin=margin)
-    masked, mask = cut_hole(image, hole_mask(box, (rows, columns), margin), window, size)
+    words = *ATTRIBUTES, 'kinds'
+    for name in attributes: check_in(name, words, 'lesion_inputs', 'attributes')
+    shape = tuple(image.shape[-2:])
+    x0, y0, x1, y1 = _check_box(box, shape)
+    width = size
+    if context is not None: width = max(1, round(context*max(x1-x0, y1-y0)))
+    window = place_window(box, width, shape, margin=margin)
+    hole = hole_mask(box, shape, margin)
+    masked, mask = cut_hole(image, hole, window, size)
     inputs = dict(masked_image=masked, mask=mask, **encode_attributes(attributes))
     inputs['box'] = relative_box(box, window)
     return {name: value[None] for name, value in inputs.items()}, window
 
+# %% ../../nbs/models/88_lesion_pipeline.ipynb #bc25f53d
 @patch
 def draw_in(self:LesionPipeline,
     image:Tensor, # [1,H,W] prepared image in [0, 1]
@@ -174,6 +183,7 @@ def draw_in(self:LesionPipeline,
     "Draw a lesion into an image"
     size = self.model.net['condition'].image.size
     inputs, window = lesion_inputs(image, box, size, context, margin, **attributes)
-    drawn = self(inputs, **options or {}).images[0].cpu()
+    drawn = self(inputs, **options or {})
+    filled = paste_patch(image, drawn.images[0].cpu(), window)
     hole = hole_mask(box, image.shape[-2:], margin)
-    return torch.where(hole, paste_patch(image, drawn, window), image)
+    return torch.where(hole, filled, image)

@@ -319,7 +319,7 @@ class LesionInputs(Sample):
         if box.isfinite().all(): drawn['box'] = box[None]*self['masked_image'].shape[-1]
         return show_sample(drawn, ctx, **kwargs)
 
-# %% ../../nbs/samples/40_lesion_synthesis.ipynb #e41859fb
+# %% ../../nbs/samples/40_lesion_synthesis.ipynb #f98c8d37
 class LesionTargets(Sample):
     "The whole patch `[1,S,S]`"
     image = Field('image', grid='patch', label='true')
@@ -329,7 +329,8 @@ class LesionTargets(Sample):
         self['image'] = torch.where(inputs['mask'], self['image'], known)
 
     def show_prediction(self, prediction, ctx):
-        "Draw the patch of a network beside the true one"
+        "Draw the patch of a network beside the true one; numbers go into the title"
+        if prediction.ndim < 3: return super().show_prediction(prediction, ctx)
         h, w = prediction.shape[-2:]
         left = ctx.get_xlim()[1]
         extent = (left, left+w, h, 0)
