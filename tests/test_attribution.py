@@ -120,13 +120,16 @@ def test_the_evidence_map_may_point_beside_the_lesion_where_the_attribution_does
 
 
 def test_attributions_add_up_to_the_difference_of_the_logits(trained):
+    """The error of 24 steps of integration grows with what is added up, not with what is left of it: an image whose
+    parts nearly cancel (sum 0.4 of 5.3 on one processor) has the error of the others. 1 % of the parts; 0.8 % was found."""
     model, images, _ = trained
     logit = lambda p: np.log(p/(1-p))
     for x in images[:4]:
         plain = {v: remove_detail(image[0])[None] for v, image in x.items()}
         difference = logit(predict_breast(model, x)) - logit(predict_breast(model, plain))
-        total = sum(m.sum() for m in attribution(model, x).values())
-        assert abs(total - difference) < .05*abs(difference)
+        maps = attribution(model, x).values()
+        total, parts = sum(m.sum() for m in maps), sum(np.abs(m).sum() for m in maps)
+        assert abs(total - difference) < .01*parts
 
 
 def test_an_image_without_detail_has_no_attribution(trained):
