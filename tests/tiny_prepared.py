@@ -65,16 +65,18 @@ class TinyPrepared:
         assert image_id in self.keys
         self.loaded.append(image_id)
         image = np.full((1, *SIZE), self.levels[image_id])
-        return TinyImage(image=image, spacing_mm=1., stored_shape=SIZE)
+        return TinyImage(image=image, spacing_mm=1., scale=1., stored_shape=SIZE)
 
     def ids_in(self, sample):
         "The ids of all images that the tensors of a sample hold"
         by_level = {level: i for i, level in self.levels.items()}
         found = set()
-        if 'patch' in sample: # a resampled part of an image, around its middle
-            middle = float(sample['patch'][0, *(n//2 for n in sample['patch'].shape[1:])])
-            level = min(by_level, key=lambda known: abs(known-middle))
-            assert abs(level-middle) < 1e-4
+        for name in ('patch', 'image', 'masked_image'): # a part of an image, resampled, with zeros around it and in its hole
+            if name not in sample or sample[name].shape[-2:] == SIZE: continue
+            brightest = float(sample[name].max())
+            if brightest == 0: continue # a window without tissue, or all hole
+            level = min(by_level, key=lambda known: abs(known-brightest))
+            assert abs(level-brightest) < 1e-4
             found.add(by_level[level])
         for tensor in sample.values():
             if tensor.ndim < 2 or tensor.shape[-2:] != SIZE or not tensor.is_floating_point(): continue
