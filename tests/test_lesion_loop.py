@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from torch import nn
 from torch.nn import functional as F
 
@@ -244,7 +245,7 @@ def one_batch(learn, t):
     model.draw_noise = lambda latent, generator=None: (latent, torch.full((len(latent),), t), torch.zeros_like(latent))
     cycle = learn.cycle_loss
     cycle.after_backward = lambda: found.update(
-        loss=float(learn.loss), raw=float(F.mse_loss(learn.pred, learn.yb[0])), **cycle.terms,
+        loss=learn.loss.item(), raw=F.mse_loss(learn.pred, learn.yb[0]).item(), **cycle.terms,
         gradients={name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
     return found
@@ -280,17 +281,21 @@ def test_the_log_has_the_term_and_predictions_are_drawings(dls):
     with pytest.raises(InputError, match='cycle loss'): loop_table(learn.model, verifier, dls.valid_ds, gate(), MASS)
 
 
+class Stop(Callback):
+    "Dies after the first epoch"
+    order = 10**7
+
+    def after_epoch(self): raise KeyboardInterrupt
+
+
 def test_a_training_with_the_loss_continues_and_another_one_is_refused(dls, tmp_path):
-    verifier = small_verifier()
-    def fit(n, folder, **options):
-        learn = learner(dls, CycleLoss(verifier, gate(), **options), folder=folder)
-        with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3)
+    def train(folder=None, cbs=(), **options):
+        learn = learner(dls, folder=folder, metrics=CycleTerm(), cycle=[CycleLoss(small_verifier(), gate(), **options), *cbs])
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
         return model_version(learn.model)
-    fit(1, tmp_path/'a')
-    whole = learner(dls, CycleLoss(verifier, gate()))
-    with whole.no_bar(), whole.no_logging(): whole.fit(2, 1e-3)
-    assert fit(2, tmp_path/'a') == model_version(whole.model)
-    with pytest.raises(InputError, match='cycle_loss.weight'): fit(2, tmp_path/'a', weight=.2)
+    with pytest.raises(KeyboardInterrupt): train(tmp_path, [Stop()])
+    with pytest.raises(InputError, match='cycle_loss.weight'): train(tmp_path, weight=.2)
+    assert train(tmp_path) == train()
 
 
 def test_without_the_gate_there_is_no_loss():

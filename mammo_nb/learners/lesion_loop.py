@@ -60,7 +60,11 @@ def dataset_attributes(
 )->dict: # of `SHUFFLED`, tensors [N] and [N,K]
     "Read the attributes of all samples"
     encoded = [encode_attributes(row) for row in dataset.rows.to_dict('records')]
-    return {name: torch.stack([row[name] for row in encoded]) for name in SHUFFLED}
+    attributes = {}
+    for name in SHUFFLED:
+        values = [row[name] for row in encoded]
+        attributes[name] = torch.stack(values)
+    return attributes
 
 # %% ../../nbs/learners/67_lesion_loop.ipynb #a86fb802
 def loop_images(
@@ -104,8 +108,8 @@ def check_judge(
 ): # nothing; raises `InputError`
     "Refuse a verifier that was the teacher, and patches of another kind than those of training"
     if model.training_info.get('cycle_verifier') == model_version(verifier):
-        found, expected = 'the verifier of the cycle loss', 'one that the network did not learn from'
-        raise InputError('loop_table', 'verifier', found, expected)
+        expected = 'one that the network did not learn from'
+        raise InputError('loop_table', 'verifier', 'the verifier of the cycle loss', expected)
     for what, network in (('model', model), ('verifier', verifier)):
         check_preparation(network, dataset.prepared, f'loop_table, {what}')
         _check_windows(network, dataset, what)
@@ -125,10 +129,14 @@ def _predict_images(model, verifier, dataset, attributes, seed, bs, options):
     "Predicted classes of a dataset: (image, head) -> [N]"
     parts, numbers = [], torch.arange(len(dataset)).split(bs)
     for own, batch in zip(numbers, prediction_dl(dataset, bs, model.device)):
-        other = {name: values[own].to(model.device) for name, values in attributes.items()}
+        other = {}
+        for name, values in attributes.items(): other[name] = values[own].to(model.device)
         seeds = [stable_hash(seed, 'loop', k) for k in own.tolist()]
-        parts.append(_predict_batch(model, verifier, batch, other, seeds, options))
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        part = _predict_batch(model, verifier, batch, other, seeds, options)
+        parts.append(part)
+    joined = {}
+    for key in parts[0]: joined[key] = torch.cat([part[key] for part in parts])
+    return joined
 
 def loop_table(
     model:LesionLDM, # trained, in evaluation mode
@@ -336,6 +344,13 @@ def paste_drawn(
         images.append(image)
     return torch.stack(images)
 
+def _of_class(found, label):
+    "Boxes and scores of one class of an image, as arrays"
+    keep = found['labels'] == label
+    arrays = {}
+    for name in ('boxes', 'scores'): arrays[name] = found[name][keep].cpu().numpy()
+    return arrays
+
 def find_lesions(
     detector:nn.Module, # an `IpsiDualNet` with `ipsilateral=False`, in evaluation mode
     images:Tensor, # [N,1,H,W] prepared images in [0, 1]
@@ -347,11 +362,11 @@ def find_lesions(
     if getattr(detector, 'ipsilateral', False):
         expected = 'ipsilateral=False: the other view does not show the drawn lesion'
         raise InputError('find_lesions', 'detector', 'one that compares two views', expected)
-    label = 1+class_kinds(detector).index(check_in(kind, class_kinds(detector), 'find_lesions', 'kind'))
+    kinds = class_kinds(detector)
+    check_in(kind, kinds, 'find_lesions', 'kind')
     device = next((p.device for p in detector.parameters()), images.device)
     with torch.no_grad(): found = detector(dict(main=images.to(device)))
-    own = [(one, one['labels'] == label) for one in found]
-    return [{name: one[name][keep].cpu().numpy() for name in ('boxes', 'scores')} for one, keep in own]
+    return [_of_class(one, 1+kinds.index(kind)) for one in found]
 
 # %% ../../nbs/learners/67_lesion_loop.ipynb #b3a3a776
 def other_boxes(
