@@ -138,6 +138,7 @@ def _predict_images(model, verifier, dataset, attributes, seed, bs, options):
     for key in parts[0]: joined[key] = torch.cat([part[key] for part in parts])
     return joined
 
+# %% ../../nbs/learners/67_lesion_loop.ipynb #5b1f7c2e
 def loop_table(
     model:LesionLDM, # trained, in evaluation mode
     verifier:LesionVerifier, # trained, in evaluation mode
