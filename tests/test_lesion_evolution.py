@@ -10,7 +10,7 @@ from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.lesion_evolution import (
     HEALTHY, add_paired_image, as_pipeline, counterfactual_pair, draw_at_box, draw_series,
     draw_settings, drawn_dataset, growing_boxes, patient_means, rank_correlation, risk_change,
-    score_images, score_series, size_factors)
+    score_drawn, score_series, size_factors)
 from mammo_nb.learners.systems import predict
 from mammo_nb.models.autoencoder import PatchAutoencoder
 from mammo_nb.models.lesion_ldm import LesionLDM
@@ -173,12 +173,12 @@ def test_one_image_is_replaced_and_no_other(prepared, risk, rows):
 def test_images_that_can_not_be_replaced_are_refused(prepared, risk, rows):
     drawn = torch.rand(1, *prepared.config.size)
     for name in (rows.previous_image_id_cc_1[0], 'nobody'):
-        with pytest.raises(InputError, match='ids of current images'): score_images(risk, prepared, rows, {name: drawn})
+        with pytest.raises(InputError, match='ids of current images'): score_drawn(risk, prepared, rows, {name: drawn})
     every = breast_history(prepared.cohort)
     both = {rows.image_id_cc[0]: drawn, rows.previous_image_id_cc_1[0]: drawn}
-    with pytest.raises(InputError, match='prior of another row'): score_images(risk, prepared, every, both)
+    with pytest.raises(InputError, match='prior of another row'): score_drawn(risk, prepared, every, both)
     with pytest.raises(InputError, match='finite'):
-        score_images(risk, prepared, rows, {rows.image_id_cc[0]: drawn[:, 1:]})
+        score_drawn(risk, prepared, rows, {rows.image_id_cc[0]: drawn[:, 1:]})
 
 
 def test_scores_of_series(prepared, risk, rows):
@@ -189,7 +189,7 @@ def test_scores_of_series(prepared, risk, rows):
     assert [*table] == ['patient_id', 'series', 'size', 'risk'] and len(table) == 6
     direct = predict(risk, prepared, rows=rows[:3]).query("output == 'risk_year_3'")['value'].tolist()
     np.testing.assert_allclose(table.risk[table['size'] == 0], direct, rtol=1e-6)
-    changed = score_images(risk, prepared, rows, {ids[1]: series[ids[1]][1]}).query("output == 'risk_year_3'")
+    changed = score_drawn(risk, prepared, rows, {ids[1]: series[ids[1]][1]}).query("output == 'risk_year_3'")
     np.testing.assert_allclose(table.risk[table['size'] == 8].iloc[1], changed['value'].iloc[0], rtol=1e-6)
     assert not np.allclose(table.risk[:3], table.risk[3:], atol=0, rtol=1e-6)
     with pytest.raises(InputError, match='found 2, expected 3'): score_series(risk, prepared, rows, series, (0, 1, 2))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEALTHY', 'COUNTERFACTUALS', 'growing_boxes', 'size_factors', 'draw_settings', 'as_pipeline', 'draw_at_box',
-           'draw_series', 'counterfactual_pair', 'drawn_dataset', 'score_images', 'score_series', 'patient_means',
+           'draw_series', 'counterfactual_pair', 'drawn_dataset', 'score_drawn', 'score_series', 'patient_means',
            'rank_correlation', 'risk_change', 'add_paired_image']
 
 # %% ../../nbs/learners/68_lesion_evolution.ipynb #0cde3f77
@@ -184,7 +184,7 @@ def counterfactual_pair(
         pair[name] = draw_at_box(pipeline, image, box, seed, options=options, **own)
     return pair
 
-# %% ../../nbs/learners/68_lesion_evolution.ipynb #5a410469
+# %% ../../nbs/learners/68_lesion_evolution.ipynb #24555648
 _CURRENT = ['image_id_cc', 'image_id_mlo']
 
 def _check_drawn(dataset, drawn):
@@ -216,7 +216,7 @@ def drawn_dataset(
     _check_drawn(dataset, images)
     return replace_images(dataset, images)
 
-def score_images(
+def score_drawn(
     model:nn.Module|Learner, # a risk model, or a learner with one
     prepared:PreparedCohort, # images prepared as in its training
     rows:pd.DataFrame|None, # as from `breast_history`; `None`: the cases of the model
