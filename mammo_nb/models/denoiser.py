@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.errors import InputError, check_in, check_range
+from .autoencoder import norm_groups
 
 # %% ../../nbs/models/83_denoiser.ipynb #53f290a4
 def grid_channels(
@@ -70,11 +71,11 @@ class UNetDenoiser(nn.Module):
         if len(attention) != len(channels):
             expected = f'one entry a level: {len(channels)}'
             raise InputError('UNetDenoiser', 'attention', len(attention), expected)
-        n = math.gcd(32, *channels)
         self.net = UNet2DConditionModel(
             in_channels=grid_channels(latent_channels), out_channels=latent_channels,
             block_out_channels=channels, layers_per_block=blocks, **_block_types(attention),
-            cross_attention_dim=dim, attention_head_dim=heads, norm_num_groups=n, dropout=dropout,
+            cross_attention_dim=dim, attention_head_dim=heads, dropout=dropout,
+            norm_num_groups=norm_groups(channels),
             resnet_time_scale_shift='scale_shift', class_embed_type='projection',
             projection_class_embeddings_input_dim=dim)
         _start_plain(self.net)
