@@ -315,7 +315,7 @@ def small_tour(tell, folder):
     config = TourConfig(
         n_patients=12, seed=3, size=(96, 72), epochs=1, batch_size=4, n_boot=50, n_risk_patients=24, risk_epochs=1,
         n_gaze_patients=20, gaze_epochs=1, n_three_view_patients=40, three_view_epochs=1,
-        n_other_view_patients=24, other_view_epochs=1)
+        n_other_view_patients=24, other_view_epochs=1, n_lesion_patients=16, lesion_epochs=1)
     run_tour(folder, config, workers=1, tell=tell, progress=False)
 
 
@@ -334,7 +334,8 @@ def test_a_tour_that_is_killed_goes_on(tmp_path):
     assert page.endswith('</html>\n') and 'What none of this shows' in page
     assert re.search(r'total [\d.]+ s, peak memory \d\.\d\d GiB', told[-1])
     stages = {d.name.rpartition('-')[0] for d in (tour/'stages').iterdir() if d.is_dir() and not d.name.startswith('.')}
-    expected = {'cohort', 'gaze', 'gaze_patients', 'model', 'predictions', 'risk', 'risk_patients', 'three_view_patients', 'three_views'}
+    expected = {'cohort', 'gaze', 'gaze_patients', 'model', 'predictions', 'risk', 'risk_patients', 'three_view_patients', 'three_views',
+        'lesion_patients', 'lesion_ldm'}
     if find_spec('radiomics'): expected |= {'other_view_patients', 'other_view'}
     assert stages == expected
     assert any('1 section skipped: The other view' in line for line in told) == (find_spec('radiomics') is None)
@@ -352,6 +353,7 @@ def test_choices_of_the_tour(tmp_path, monkeypatch):
     assert config.n_other_view_patients == 30
     assert (config.epochs, config.risk_epochs, config.gaze_epochs, config.three_view_epochs, config.seed) == (3, 3, 3, 3, 5)
     assert config.other_view_epochs == 3
+    assert (config.n_lesion_patients, config.lesion_epochs) == (30, 3)
 
 
 @pytest.mark.parametrize('kwargs,said', [(dict(patients=3), 'n_patients: found 3'), (dict(epochs=0), 'epochs: found 0')])

@@ -30,11 +30,13 @@ def mammo_tour(
     if patients is not None: # sections with patients of their own
         least = dict(
             n_risk_patients=24, n_gaze_patients=24,
-            n_three_view_patients=40, n_other_view_patients=24)
+            n_three_view_patients=40, n_other_view_patients=24,
+            n_lesion_patients=16)
         for name, n in least.items():
             given[name] = min(getattr(TourConfig, name), max(n, patients))
     if epochs is not None: # and with trainings of their own
-        for name in ('risk_epochs', 'gaze_epochs', 'three_view_epochs', 'other_view_epochs'):
+        own = 'risk_epochs', 'gaze_epochs', 'three_view_epochs', 'other_view_epochs', 'lesion_epochs'
+        for name in own:
             given[name] = min(getattr(TourConfig, name), epochs)
     config = {name: value for name, value in given.items() if value is not None}
     def report(text): print(text, flush=True)

@@ -38,7 +38,8 @@ LEAST = dict(
     n_patients=8, epochs=1, batch_size=2, n_boot=10,
     n_risk_patients=24, risk_epochs=1, n_gaze_patients=20, gaze_epochs=1,
     n_three_view_patients=40, three_view_epochs=1,
-    n_other_view_patients=24, other_view_epochs=1) # smallest values of `TourConfig`
+    n_other_view_patients=24, other_view_epochs=1,
+    n_lesion_patients=16, lesion_epochs=1) # smallest values of `TourConfig`
 
 @dataclass(frozen=True)
 class TourConfig:
@@ -62,6 +63,8 @@ class TourConfig:
     three_view_epochs: int = 6 # of the first training of that section
     n_other_view_patients: int = 100 # patients for the section on the other view, one breast each
     other_view_epochs: int = 8 # of the training of that section
+    n_lesion_patients: int = 40 # patients for the section on drawing a lesion
+    lesion_epochs: int = 10 # of its autoencoder; its diffusion has three times as many
 
     def __post_init__(self):
         for name, least in LEAST.items(): check_range(getattr(self, name), least, None, 'TourConfig', name)
