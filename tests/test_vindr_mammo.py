@@ -1,4 +1,6 @@
 """VinDr-Mammo: tables that are refused with all their faults, findings of several categories, and files through `mn.prepare`"""
+import json
+import re
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from mammo_nb.cohort.datasets.vindr_mammo import (
 from mammo_nb.cohort.leaks import leaking_patients
 from mammo_nb.dicom.mammogram import read_mammogram
 from mammo_nb.dicom.write import write_mammogram
+from mammo_nb.samples.lesion_synthesis import lesion_patches
 from repo import ROOT
 
 ROWS, COLS = 176, 140
@@ -493,3 +496,44 @@ def test_the_counts_of_the_card_fit_each_other():
         assert sum(n['breasts', f'rows with {w}'] for w in words) == n['breasts', 'rows']
     assert n['findings', 'rows with No Finding'] + n['findings', 'rows with a box'] == n['findings', 'rows']
     assert n['breasts', 'rows'] == 4*n['breasts', 'studies']
+
+
+# ---- LesionLDM
+
+TINY = dict(
+    autoencoder=dict(epochs=1, model_args=dict(channels=(4, 8), blocks=1, attention=False)),
+    diffusion=dict(epochs=1, ema=.9, model_args=dict(
+        denoiser='transformer', denoiser_args=dict(width=16, depth=1, heads=2), dim=16, steps=2,
+        vit=dict(dim=16, depth=1, heads=2, patch=8))))
+
+
+def tutorial_call():
+    "The code of the tutorial on drawing lesions that is not run there"
+    cells = json.loads((ROOT/'nbs/tutorials/25_drawing_a_lesion.ipynb').read_text(encoding='utf-8'))['cells']
+    text = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown')
+    block, = [b for b in re.findall(r'```python\n(.*?)```', text, re.DOTALL) if 'vindr_mammo' in b]
+    return block
+
+
+def test_the_call_of_the_tutorial_on_drawing_lesions(tmp_path, monkeypatch):
+    "It runs as it is written, with smaller images and networks, and the drawings keep what lies outside the box"
+    images = pd.concat([study(f't{i}', birads=(1, 4)[i % 2]) for i in range(12)] + [study('x0', 'test', 4), study('x1', 'test', 4)],
+                       ignore_index=True)
+    marked = images[images.breast_birads.str.endswith('4') & (images.view_position == 'CC')].image_id
+    folder = tmp_path/'vindr-mammo'
+    folder.mkdir()
+    put(folder, images, annotated(images, *[(i, "['Mass']", 'BI-RADS 4', BOX) for i in marked]))
+    write_images(folder, images, dict.fromkeys(marked, BOX), 'MONOCHROME2')
+    code = tutorial_call()
+    for old, new in (('size=(1024, 768)', 'size=(88, 70)'), ('size=224', 'size=16'), ('bs=16', 'bs=4')):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    train = mn.train_lesion_ldm
+    monkeypatch.setattr(mn, 'train_lesion_ldm', lambda *args, **options: train(*args, settings=TINY, **options), raising=False)
+    found = dict(mn=mn)
+    exec(code, found)
+    rows = lesion_patches(found['cohort'])
+    assert len(rows) == len(marked) and set(rows.kinds) == {'mass'} and set(rows.birads) == {'4'}
+    assert sorted(p.name for p in (tmp_path/'lesions').iterdir()) == ['model', 'model_index.json', 'scheduler']
+    assert len(list((tmp_path/'drawn').iterdir())) >= 1

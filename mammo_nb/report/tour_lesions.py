@@ -42,11 +42,11 @@ def lesion_patients(
     return prepare_cohort(cohort, cache, config, workers, progress)
 
 # %% ../../nbs/report/21_tour_lesions.ipynb #1761ebeb
-LESION_LOADING = dict(bs=16, size=16, context=None, device='cpu') # arguments of `lesion_dls`
+LESION_LOADING = dict(bs=16, size=32, context=None, device='cpu') # arguments of `lesion_dls`
 LESION_AUTOENCODER = dict(channels=(12, 24), blocks=1, attention=False) # of `PatchAutoencoder`
 LESION_MODEL = dict( # arguments of `LesionLDM`
     denoiser='transformer', denoiser_args=dict(width=64, depth=3, heads=4), dim=64, steps=20,
-    vit=dict(dim=64, depth=2, heads=4, patch=4), schedule=dict(prediction='v_prediction'))
+    vit=dict(dim=64, depth=2, heads=4, patch=8), schedule=dict(prediction='v_prediction'))
 
 def lesion_model(
     tour:Tour, # the tour
