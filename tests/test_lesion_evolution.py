@@ -9,14 +9,15 @@ from mammo_nb.core.errors import InputError
 from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.lesion_evolution import (
     HEALTHY, add_paired_image, as_pipeline, counterfactual_pair, draw_at_box, draw_series,
-    draw_settings, drawn_dataset, growing_boxes, patient_means, rank_correlation, risk_change,
+    drawn_dataset, growing_boxes, patient_means, rank_correlation, risk_change,
     score_drawn, score_series, size_factors)
 from mammo_nb.learners.systems import predict
 from mammo_nb.models.autoencoder import PatchAutoencoder
 from mammo_nb.models.lesion_ldm import LesionLDM
+from mammo_nb.models.lesion_pipeline import draw_settings, lesion_inputs
 from mammo_nb.models.lmvnet import LMVNet
 from mammo_nb.preparation.prepared_cohort import prepare_cohort
-from mammo_nb.samples.lesion_synthesis import LesionSynthesisDataset, hole_mask, lesion_patches
+from mammo_nb.samples.lesion_synthesis import LesionSynthesisDataset, hole_mask, lesion_patches, paste_patch
 from mammo_nb.samples.risk import RiskDataset, breast_history
 
 BOX = (20, 30, 32, 40)
@@ -95,6 +96,21 @@ def test_what_windows_need_must_be_known():
     for info in (dict(context=3., limits=[10, 20]), dict(context=3., fixed_mm=30.)):
         model.set_training_info(info)
         with pytest.raises(InputError, match='give a Prepared image'): draw_settings(model, BOX)
+
+
+def test_the_pipeline_cuts_windows_as_in_training(image):
+    model, options = tiny_ldm(), dict(num_inference_steps=2, seed=3)
+    pipeline = as_pipeline(model)
+    for context in (None, 2.):
+        model.set_training_info(dict(context=context, margin=.5))
+        drawn = pipeline.draw_in(image, BOX, options=options, kinds='mass')
+        inputs, window = lesion_inputs(image, BOX, 16, context, .5, kinds='mass')
+        filled = paste_patch(image, pipeline(inputs, **options).images[0], window)
+        hole = hole_mask(BOX, image.shape[-2:], .5)
+        assert torch.equal(drawn, torch.where(hole, filled, image))
+    model.set_training_info(dict(context=3., limits=[10, 20]))
+    with pytest.raises(InputError, match='give a Prepared image'): pipeline.draw_in(image, BOX, kinds='mass')
+    assert pipeline.draw_in(image, BOX, dict(scale=1.), options, kinds='mass').shape == image.shape
 
 
 @pytest.mark.parametrize('fill', [False, True])
