@@ -27,7 +27,7 @@ def parts(folder):
     tour = small_tour(folder)
     prepared = lesion_patients(tour)
     model = lesion_model(tour, prepared)
-    rows = lesion_patches(prepared.cohort).query("split == 'test'").head(3).reset_index(drop=True)
+    rows = lesion_patches(prepared.cohort).query("split == 'test'").drop_duplicates('patient_id').head(3).reset_index(drop=True)
     dataset = lesion_samples(prepared, rows, model)
     return model, dataset, draw_lesions(model, dataset)
 

@@ -81,7 +81,7 @@ def draw_lesions(
         asked = dict(inputs)
         encoded = encode_attributes(words)
         for field in ('category', 'birads'): asked[field] = encoded[field].expand_as(inputs[field])
-        with one_thread(): images[name] = model.sample(asked, steps=20, guidance=2., seed=0)
+        with one_thread(): images[name] = model.sample(asked, steps=20, seed=0)
     return images | dict(true=targets['image'])
 
 # %% ../../nbs/report/21_tour_lesions.ipynb #cbc09ea3
