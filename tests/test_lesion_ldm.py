@@ -456,3 +456,19 @@ def test_a_lesion_in_an_image_changes_its_hole_only(box, pipe):
     changed = (out != image)[0].nonzero()
     assert len(changed) and (changed[:, 0] >= y0-dy).all() and (changed[:, 0] < y1+dy).all()
     assert (changed[:, 1] >= x0-dx).all() and (changed[:, 1] < x1+dx).all()
+
+
+# reports
+
+@torch.no_grad()
+def test_a_report_is_dropped_with_all_attributes():
+    "Guidance 0 draws without any condition, so no report changes it; guidance 1 reads the report"
+    model, (inputs, _) = make_model(extra_dim=5), make_batch()
+    told = inputs | dict(report=torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(0)))
+    drawn = {}
+    for guidance in (0., 1.):
+        drawn[guidance] = [model.sample(own, steps=3, seed=5, guidance=guidance) for own in (inputs, told)]
+    torch.testing.assert_close(*drawn[0.], atol=1e-5, rtol=0)
+    assert (drawn[1.][0]-drawn[1.][1]).abs().max() > 1e-3
+    with pytest.raises(InputError, match='report.*made with extra_dim'):
+        make_model().sample(told, steps=3)

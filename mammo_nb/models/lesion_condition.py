@@ -35,13 +35,16 @@ def forget_attributes(
     inputs:dict, # of a batch; other entries are not changed
     forget:Tensor # [B,F] bool, or [B,1] for all fields; order as in `FIELDS`
 )->dict: # a copy
-    "Write chosen attributes as unknown"
+    "Write chosen attributes as unknown; where all are, the report too"
     n, changed = len(forget), inputs.copy()
     forget = forget.expand(n, len(FIELDS))
     for name, unknown in unknown_attributes(n, forget.device).items():
         if name not in inputs: continue
         own = forget[:, FIELDS.index(name)].view(-1, *[1]*(unknown.ndim-1))
         changed[name] = torch.where(own, unknown.to(inputs[name].dtype), inputs[name])
+    if changed.get('report') is not None: # it tells of the same lesion
+        whole = forget.all(1).view(-1, 1, 1)
+        changed['report'] = torch.where(whole, torch.nan, changed['report'])
     return changed
 
 # %% ../../nbs/models/82_lesion_condition.ipynb #2d73f2de
@@ -179,7 +182,9 @@ class LesionCondition(nn.Module):
         n = len(tokens)
         attributes, mean = self.attributes(inputs)
         parts = [tokens, attributes.expand(n, -1, -1)]
-        if self.extra is not None:
-            report = inputs.get('report')
-            parts.append(self.extra_tokens(report, n))
+        report = inputs.get('report')
+        if self.extra is not None: parts.append(self.extra_tokens(report, n))
+        elif report is not None:
+            expected = 'none, or a network made with extra_dim, their length'
+            raise InputError('LesionCondition', 'report', list(report.shape), expected)
         return torch.cat(parts, 1), mean.expand(n, -1)
