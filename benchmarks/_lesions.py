@@ -36,19 +36,16 @@ WINDOW = dict(size=64, context=None)
 HEALTHY = .5 # patches of healthy tissue for each lesion
 AUTOENCODER = dict(latent_channels=8, channels=(16, 32, 64), blocks=1, attention=False)
 NET = dict(
-    size=64, dim=64, vit=dict(dim=64, depth=2, heads=4, patch=8),
-    denoiser_args=dict(channels=(32, 64, 96), blocks=1, heads=4, attention=(False, True, True)))
+    size=64, dim=64, vit=dict(dim=64, depth=2, heads=4, patch=8), schedule=dict(prediction='v_prediction'),
+    denoiser='transformer', denoiser_args=dict(width=128, depth=4, heads=4))
 TRAIN = dict(
-    autoencoder=dict(epochs=7, lr=2e-3, bs=32), diffusion=dict(epochs=20, lr=1e-3, bs=32, ema=.999),
+    autoencoder=dict(epochs=7, lr=2e-3, bs=32), diffusion=dict(epochs=24, lr=1e-3, bs=32, ema=.999),
     verifier=dict(epochs=8, lr=3e-3, bs=32), detector=dict(epochs=5, lr=2e-3, bs=16))
 HRNET = dict(width=8, stem=16, modules=(1, 1, 1), blocks=1, finest=4, sigma=6.)
 BOXES = dict(
     channels=32, dim=64, heads=4, roi_size=5, anchor_scale=2.5, n_proposals=64, n_other=48, n_sampled=32)
 SAMPLING = dict(steps=50, guidance=2., scheduler='ddim')
 CHUNK = 62 # drawings of a job
-MODULES = (
-    'mammo_nb.learners.lesion_ldm', 'mammo_nb.learners.lesion_verifier', 'mammo_nb.learners.momminet',
-    'mammo_nb.preparation.cache')
 
 # Data
 
@@ -90,13 +87,23 @@ def fit(learn, epochs, lr):
         learn.fit_one_cycle(epochs, lr)
     return learn.model.eval()
 
-def train_autoencoder(prepared, rows, seed, folder):
+def weights_path(base, name, seed, module, functions, *recipe):
+    "Where the weights of a recipe and its code are kept"
+    settings = dict(window=WINDOW, healthy=HEALTHY, train=TRAIN[name], recipe=recipe)
+    modules = f'mammo_nb.learners.{module}', 'mammo_nb.preparation.cache'
+    folder = recipe_folder(base, f'lesion_{name}', settings, [fit, *functions], modules)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder/f'{seed}.pt'
+
+def train_autoencoder(prepared, rows, seed, base):
     def train(model):
         own = TRAIN['autoencoder']
         dls = loaders(prepared, rows, own['bs'], seed, augment=True)
         return fit(autoencoder_learner(dls, model, keep_best=False, seed=seed), own['epochs'], own['lr'])
+    path = weights_path(
+        base, 'autoencoder', seed, 'lesion_autoencoder', [train_autoencoder, loaders], AUTOENCODER)
     seed_everything(seed)
-    return weights_or_train(folder/f'autoencoder_{seed}.pt', PatchAutoencoder(**AUTOENCODER), train)
+    return weights_or_train(path, PatchAutoencoder(**AUTOENCODER), train)
 
 def train_diffusion(autoencoder, prepared, rows, seed, path, epochs=None):
     "The diffusion in the latents of a trained autoencoder"
@@ -108,16 +115,17 @@ def train_diffusion(autoencoder, prepared, rows, seed, path, epochs=None):
     seed_everything(seed)
     return weights_or_train(path, LesionLDM(autoencoder, **NET), train)
 
-def train_verifier(prepared, rows, seed, folder):
+def train_verifier(prepared, rows, seed, base):
     def train(model):
         own = TRAIN['verifier']
         dls = loaders(prepared, rows, own['bs'], seed, augment=True)
         learn = verifier_learner(dls, model=model, seed=seed, keep_best=False)
         return fit(learn, own['epochs'], own['lr'])
+    path = weights_path(base, 'verifier', seed, 'lesion_verifier', [train_verifier, loaders])
     seed_everything(seed)
-    return weights_or_train(folder/f'verifier_{seed}.pt', LesionVerifier(buckets='suspicious'), train)
+    return weights_or_train(path, LesionVerifier(buckets='suspicious'), train)
 
-def train_detector(prepared, seed, folder):
+def train_detector(prepared, seed, base):
     "MommiNet-v2's detector of single views, on whole images"
     def train(model):
         own = TRAIN['detector']
@@ -127,20 +135,25 @@ def train_detector(prepared, seed, folder):
             prepared, nipples='tabled', aligned=False, rows=cases, bs=own['bs'], seed=seed, device='cpu',
             in_memory=True)
         return fit(momminet_learner(dls, 'single', model=model, seed=seed, keep_best=False), own['epochs'], own['lr'])
+    path = weights_path(base, 'detector', seed, 'momminet', [train_detector], HRNET, BOXES)
     seed_everything(seed)
-    return weights_or_train(folder/f'detector_{seed}.pt', IpsiDualNet(ipsilateral=False, **BOXES, **HRNET), train)
+    return weights_or_train(path, IpsiDualNet(ipsilateral=False, **BOXES, **HRNET), train)
 
-def train_judges(prepared, rows, seed, folder):
-    train_verifier(prepared, rows, seed, folder)
-    train_detector(prepared, seed, folder)
+def train_judges(prepared, rows, seed, base):
+    train_verifier(prepared, rows, seed, base)
+    train_detector(prepared, seed, base)
 
-def train_all(prepared, rows, seed, folder):
-    "LesionLDM, verifier and detector, each trained once"
-    run_jobs([(train_autoencoder, prepared, rows, seed, folder), (train_judges, prepared, rows, seed, folder)])
-    autoencoder = train_autoencoder(prepared, rows, seed, folder)
+def train_all(prepared, rows, seed, base):
+    "LesionLDM, verifier and detector, each trained once, and the folder of LesionLDM"
+    run_jobs([(train_autoencoder, prepared, rows, seed, base), (train_judges, prepared, rows, seed, base)])
+    autoencoder = train_autoencoder(prepared, rows, seed, base)
+    path = weights_path(
+        base, 'diffusion', seed, 'lesion_ldm', [train_diffusion, loaders, ask_other, draw, draw_part], NET, AUTOENCODER,
+        TRAIN['autoencoder'])
     torch.set_num_threads(usable_cores())
-    model = train_diffusion(autoencoder, prepared, rows, seed, folder/f'diffusion_{seed}.pt')
-    return model, train_verifier(prepared, rows, seed, folder), train_detector(prepared, seed, folder)
+    model = train_diffusion(autoencoder, prepared, rows, seed, path)
+    judges = train_verifier(prepared, rows, seed, base), train_detector(prepared, seed, base)
+    return path.parent, (model, *judges)
 
 def recipe():
     return dict(size=SIZE, window=WINDOW, healthy=HEALTHY, autoencoder=AUTOENCODER, net=NET, train=TRAIN,
@@ -149,10 +162,7 @@ def recipe():
 def trained(a):
     "Data and networks of a run: prepared images, rows, folder, and (LesionLDM, verifier, detector)"
     prepared, base, rows = make_data(a.patients, a.seed)
-    functions = [train_autoencoder, train_diffusion, train_verifier, train_detector, loaders, ask_other, draw]
-    folder = recipe_folder(base, 'lesion_ldm', recipe(), functions, MODULES)
-    folder.mkdir(parents=True, exist_ok=True)
-    return prepared, rows, folder, train_all(prepared, rows, a.train_seed, folder)
+    return prepared, rows, *train_all(prepared, rows, a.train_seed, base)
 
 def start(name, a, cost, **settings):
     "Open the results of a run"
