@@ -23,6 +23,7 @@ from mammo_nb.models.denoiser import TransformerDenoiser, UNetDenoiser
 from mammo_nb.models.freezing import is_frozen
 from mammo_nb.models.lesion_condition import FIELDS, draw_forget, forget_attributes, unknown_attributes
 from mammo_nb.models.lesion_ldm import LesionLDM, content_seeds
+from mammo_nb.models import lesion_ldm
 from mammo_nb.models.lesion_pipeline import LesionPipeline, lesion_inputs
 from mammo_nb.models.noise import SAMPLERS, amplitudes, make_scheduler, prediction_target, recover_latent
 
@@ -77,6 +78,14 @@ def test_pixels_in_the_hole_change_neither_condition_nor_sample(model):
         assert same(model.condition(other), condition)
         again = model.sample(other, steps=3, seed=5, guidance=2.)
         assert torch.equal(again[mask], drawn[mask])
+
+
+@torch.no_grad()
+def test_pixels_in_the_hole_do_not_change_the_default_seed(model):
+    inputs, image = make_batch()
+    whole = inputs | dict(masked_image=image)
+    mask = inputs['mask']
+    assert torch.equal(model(whole)[mask], model(inputs)[mask])
 
 
 @torch.no_grad()
@@ -167,10 +176,16 @@ def test_an_oracle_leads_every_sampler_to_the_clean_latent(kind, schedule):
     assert (oracle(kind, start, z, 20, **schedule)-z).abs().max() < 1e-3
 
 
-def test_ddim_without_new_noise_is_deterministic(model):
+@torch.no_grad()
+def test_ddim_without_new_noise_is_deterministic(model, monkeypatch):
+    "With eta 0 the global generator, from which steps without one draw, does not matter; with eta 1 it does"
     inputs, _ = make_batch()
-    a, b, c = (model.sample(inputs, steps=4, seed=1, eta=eta) for eta in (0., 0., 1.))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    monkeypatch.setattr(lesion_ldm, '_step_options', lambda scheduler, generators, eta: dict(eta=eta))
+    def draw(later, eta):
+        torch.manual_seed(later)
+        return model.sample(inputs, steps=4, seed=1, eta=eta)
+    assert torch.equal(draw(0, 0.), draw(1, 0.))
+    assert not torch.equal(draw(0, 1.), draw(1, 1.))
 
 
 # guidance and condition
@@ -303,7 +318,9 @@ def test_global_generators_are_left_alone(model):
 
 @pytest.mark.parametrize('wrong, words', (
     (dict(seed=[1]), 'one number, or 3'), (dict(steps=0), 'steps'), (dict(guidance=-1), 'guidance'),
-    (dict(scheduler=make_scheduler(prediction='v_prediction')), 'as in the training'), (dict(scheduler=make_scheduler(steps=10)), 'as in the training')))
+    (dict(scheduler=make_scheduler(prediction='v_prediction')), 'as in the training'), (dict(scheduler=make_scheduler(steps=10)), 'as in the training'),
+    (dict(scheduler=make_scheduler(betas='cosine')), 'other betas'), (dict(scheduler=make_scheduler(beta_end=.2)), 'other betas'),
+    (dict(scheduler=DDIMScheduler()), 'clip_sample'), (dict(scheduler='dpmsolver', eta=.5), 'eta')))
 def test_wrong_arguments_of_a_sampling(wrong, words, model):
     with pytest.raises(InputError, match=words): model.sample(make_batch()[0], **wrong)
 
@@ -437,6 +454,36 @@ def test_a_saved_scheduler_can_be_replaced(pipe, tmp_path):
     assert isinstance(LesionPipeline.from_pretrained(tmp_path, scheduler=own).scheduler, EulerDiscreteScheduler)
 
 
+def test_a_scheduler_that_limits_latents_is_refused(pipe):
+    "What diffusers makes of the settings of DPM-Solver"
+    model = pipe.model
+    dpm = make_scheduler('dpmsolver', **model.schedule)
+    with pytest.raises(InputError, match='clip_sample.*not limited'):
+        model.sample(make_batch()[0], steps=2, scheduler=DDIMScheduler.from_config(dpm.config))
+    own = DDIMScheduler.from_config(dpm.config, clip_sample=False)
+    assert model.sample(make_batch()[0], steps=2, scheduler=own).isfinite().all()
+
+
+def test_words_are_read_in_any_spelling_and_never_ignored():
+    image, box = torch.rand(1, 96, 64), (20, 30, 32, 40)
+    told = lesion_inputs(image, box, 16, density='B', laterality='L', view='CC', birads='5', kinds='mass')[0]
+    same = lesion_inputs(image, box, 16, density='b', laterality='left', view='cc', birads=5, kinds=('mass',))[0]
+    for name, value in told.items(): assert torch.equal(value, same[name]), name
+    unknown = lesion_inputs(image, box, 16, density=None, laterality=float('nan'), view=None, birads=float('nan'), kinds=None)[0]
+    nothing = lesion_inputs(image, box, 16)[0]
+    for name, value in nothing.items(): assert torch.equal(value.nan_to_num(-1), unknown[name].nan_to_num(-1)), name
+    for name, wrong in dict(density='E', laterality='both', view='side', birads='7', kinds='lump').items():
+        with pytest.raises(InputError, match='lump' if name == 'kinds' else name): lesion_inputs(image, box, 16, **{name: wrong})
+
+
+def test_grey_levels_and_holes_that_do_not_fit_are_refused(pipe):
+    image = torch.rand(1, 96, 64)
+    with pytest.raises(InputError, match='grey levels of 0 to 1'): pipe.draw_in(255*image, (20, 30, 32, 40), kinds='mass')
+    for context in (None, 1.2):
+        with pytest.raises(InputError, match='inside the window'): lesion_inputs(image, (10, 20, 40, 60), 16, context)
+    with pytest.raises(InputError, match='schedular'): LesionPipeline.from_pretrained('x', schedular='ddim')
+
+
 def test_the_place_of_a_lesion_does_not_depend_on_the_resolution():
     shares = []
     for k in (1, 2, 3):
@@ -459,6 +506,15 @@ def test_a_lesion_in_an_image_changes_its_hole_only(box, pipe):
 
 
 # reports
+
+@torch.no_grad()
+def test_whole_numbers_of_a_category_are_dropped_too(model):
+    inputs, _ = make_batch()
+    whole = inputs | dict(category=inputs['category'].long())
+    for forget in (False, True):
+        own, other = (model.condition(i, forget)['tokens'] for i in (inputs, whole))
+        torch.testing.assert_close(own, other)
+
 
 @torch.no_grad()
 def test_a_report_is_dropped_with_all_attributes():

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 
 from mammo_nb.core.errors import InputError
 from mammo_nb.core.hub import model_version
@@ -15,7 +16,7 @@ from mammo_nb.core.seeding import seed_everything
 from mammo_nb.insilico.files import insilico_cohort
 from mammo_nb.learners.lesion_autoencoder import autoencoder_learner, mean_rows
 from mammo_nb.learners.lesion_ldm import (
-    LatentDataset, compute_latents, evaluate_lesions, latent_key, lesion_ldm_learner, lesion_samples, read_latents, with_latents,
+    LatentDataset, compare_lesions, compute_latents, evaluate_lesions, latent_key, lesion_ldm_learner, lesion_samples, read_latents, with_latents,
     write_latents
 )
 from mammo_nb.learners.lesion_stages import train_lesion_ldm
@@ -282,3 +283,44 @@ def test_killed_stages_end_with_the_same_weights(prepared, tmp_path):
     again = train_lesion_ldm(prepared, tmp_path/'killed', SETTINGS, say=lines.append, **options)
     assert [line.split('] ')[1] for line in lines] == ['autoencoder: reused', 'latents: reused', 'diffusion: ...']
     assert model_version(again) == model_version(whole)
+
+
+# ---- callbacks of stages
+
+class Scaled(Callback):
+    "Multiplies the loss of a stage, so it changes what is learnt"
+    def __init__(self, factor): self.factor, self.fits = factor, []
+    def run_config(self): return dict(factor=self.factor)
+    def before_fit(self): self.fits.append(type(self.model).__name__)
+
+
+def test_callbacks_of_one_stage(prepared, tmp_path):
+    "They see their stage only, and other settings of theirs train it again"
+    options = {k: v for k, v in PATCHES.items() if k != 'seed'}
+    def run(factor):
+        cb, lines = Scaled(factor), []
+        settings = SETTINGS | dict(diffusion=SETTINGS['diffusion'] | dict(cbs=cb))
+        train_lesion_ldm(prepared, tmp_path, settings, say=lines.append, **options)
+        return cb.fits, [line.split('] ')[1] for line in lines]
+    assert run(1.) == (['LesionLDM'], ['autoencoder: ...', 'latents: ...', 'diffusion: ...'])
+    assert run(1.) == ([], ['autoencoder: reused', 'latents: reused', 'diffusion: reused'])
+    assert run(2.) == (['LesionLDM'], ['autoencoder: reused', 'latents: reused', 'diffusion: ...'])
+
+
+# ---- numbers
+
+def test_what_is_drawn_in_the_hole_does_not_change_numbers_of_its_surroundings(prepared, autoencoder):
+    "Equal outside the hole: SSIM is exactly 1, although its windows reach into the hole"
+    model = LesionLDM(autoencoder, size=16, **SIZES).eval()
+    dataset = lesion_samples(prepared, lesion_patches(prepared.cohort)[:4], model)
+    inputs, targets = prediction_dl(dataset, 4).one_batch()
+    decoded = torch.where(inputs['mask'], 1-targets['image'], targets['image'])
+    found = compare_lesions(model, dict(drawn=decoded, decoded=decoded), inputs, targets)
+    known = found['ssim_outside'][found['ssim_outside'].isfinite()]
+    assert len(known) and (known == 1).all()
+    assert (found['l1_hole'] > 0).all()
+
+
+def test_of_one_patient_there_is_a_mean_without_an_interval():
+    row, = mean_rows(dict(a=[1., 3.]), ['p', 'p']).to_dict('records')
+    assert (row['value'], row['n']) == (2, 2) and np.isnan(row['ci_low']) and np.isnan(row['ci_high'])

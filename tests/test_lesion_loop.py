@@ -356,3 +356,17 @@ def test_refused_detectors():
     with pytest.raises(InputError, match='kind'): find_lesions(single.eval(), image, 'asymmetry')
     found = find_lesions(single, image)
     assert found[0]['boxes'].shape == (len(found[0]['scores']), 4)
+
+
+def test_patients_from_whom_a_network_learnt_are_refused(dls, dataset):
+    model, reader = painter(follow), Reader()
+    learnt = dict(splits=['train', 'valid'])
+    for network, name in ((model, 'model'), (reader, 'verifier')):
+        network.training_info = learnt
+        with pytest.raises(InputError, match=f'split of the dataset.*found train.*the {name} has not'):
+            loop_table(model, reader, dataset, gate(), MASS)
+        network.training_info = {}
+    model.training_info = learnt
+    assert len(loop_table(model, reader, dls.valid_ds, gate(), MASS))
+    model.training_info = dict(mask_mode='roi')
+    with pytest.raises(InputError, match='mask_mode'): loop_table(model, reader, dls.valid_ds, gate(), MASS)

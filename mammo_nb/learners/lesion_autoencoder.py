@@ -101,16 +101,19 @@ def mean_rows(
     patients, # [N] the patient of each
     n_boot:int=2000, # resamples of patients
     seed:int=0 # of the resampling
-)->pd.DataFrame: # `metric, value, ci_low, ci_high, n`; names without a known number are left out
-    "Average numbers, with intervals over patients"
+)->pd.DataFrame: # `metric, value, ci_low, ci_high, n`; NaN: an interval of one patient
+    "Average the known numbers of each name, with intervals over patients"
     rows = []
     for name, own in values.items():
         table = pd.DataFrame(dict(patient_id=np.asarray(patients), value=np.asarray(own)))
         table['image_id'] = table.index.astype(str) # several may be of one image
         known = table[table['value'].notna()]
         if not len(known): continue
-        e = bootstrap_ci(known, weighted_mean, n_boot=n_boot, seed=seed, columns=('value',))
-        rows.append(dict(metric=name, value=e.value, ci_low=e.low, ci_high=e.high, n=e.n))
+        row = dict(metric=name, value=known['value'].mean(), ci_low=np.nan, ci_high=np.nan)
+        if known.patient_id.nunique() > 1:
+            e = bootstrap_ci(known, weighted_mean, n_boot=n_boot, seed=seed, columns=('value',))
+            row |= dict(value=e.value, ci_low=e.low, ci_high=e.high)
+        rows.append(row | dict(n=len(known)))
     return pd.DataFrame(rows)
 
 def evaluate_reconstruction(

@@ -299,7 +299,7 @@ def lesion_outputs(
 def _compare_one(drawn, decoded, true, mask):
     "Numbers of one patch [H,W]; NaN where a region is empty"
     found = dict(ssim_outside=np.nan, psnr_outside=np.nan, l1_hole=np.nan)
-    outside = decoded, true, 1., ~mask
+    outside = np.where(mask, true, decoded), true, 1., ~mask # SSIM looks across the border
     if not mask.all(): found |= dict(ssim_outside=ssim(*outside), psnr_outside=psnr(*outside))
     if mask.any(): found['l1_hole'] = l1(drawn, true, mask)
     return found

@@ -90,7 +90,7 @@ LOOP_HEADS = ('mass', 'birads') # heads that the content of the hole can change
 LOOP_SOURCES = dict( # source -> image, and the attributes with which it is compared
     real=('real', 'own'), reconstructed=('reconstructed', 'own'), drawn=('drawn', 'own'),
     shuffled=('shuffled', 'own'), followed=('shuffled', 'other'))
-_WINDOW = [name for name in PATCH_SETTINGS if name not in ('shift', 'mask_mode', 'window_seed')]
+_WINDOW = [name for name in PATCH_SETTINGS if name not in ('shift', 'window_seed')]
 
 def _check_windows(network, dataset, what):
     "Refuse patches that were cut otherwise than those of training"
@@ -110,9 +110,14 @@ def check_judge(
     if model.training_info.get('cycle_verifier') == model_version(verifier):
         expected = 'one that the network did not learn from'
         raise InputError('loop_table', 'verifier', 'the verifier of the cycle loss', expected)
+    splits = set(dataset.rows.split)
     for what, network in (('model', model), ('verifier', verifier)):
         check_preparation(network, dataset.prepared, f'loop_table, {what}')
         _check_windows(network, dataset, what)
+        learnt = network.training_info.get('splits', [None])[0]
+        if learnt in splits:
+            expected = f'patients from whom the {what} has not learnt'
+            raise InputError('loop_table', 'split of the dataset', learnt, expected)
 
 # %% ../../nbs/learners/67_lesion_loop.ipynb #5191f759
 def _predict_batch(model, verifier, batch, attributes, seeds, options):

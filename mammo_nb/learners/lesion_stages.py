@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 import mammo_nb
 from fastcore.basics import patch
+from fastcore.foundation import L
 from ..cohort.leaks import check_split
 from ..core.describe import describe_value
 from ..core.errors import check_in, check_range
@@ -18,7 +19,7 @@ from .lesion_autoencoder import autoencoder_learner
 from mammo_nb.learners.lesion_ldm import (
     compute_latents, lesion_ldm_learner, read_latents, write_latents
 )
-from .run_config import data_config, flatten_config
+from .run_config import callback_config, data_config, flatten_config
 from ..models.autoencoder import PatchAutoencoder
 from ..models.lesion_ldm import LesionLDM
 from ..preparation.prepared_cohort import PreparedCohort, check_prepared
@@ -46,7 +47,7 @@ class LesionStages(Stages):
     def __init__(self,
         prepared:PreparedCohort, # prepared images with a cohort that has splits
         folder:str|Path, # of networks, latents and checkpoints; made if needed
-        settings:dict|None=None, # see `LESION_STAGES`
+        settings:dict|None=None, # see `LESION_STAGES`; `cbs`: callbacks of one stage
         seed:int=0, # of weights and the order of the batches
         cbs=None, # further callbacks of every training
         say=print, # called with a line of text
@@ -67,9 +68,10 @@ def describe(self:LesionStages,
     before=() # names of the stages before it
 )->dict: # plain values
     "List all that a stage depends on"
-    dls = self.dls[name]
+    dls, settings = self.dls[name], dict(self.settings[name])
+    own = callback_config([*L(self.cbs), *L(settings.pop('cbs', None))])
     return dict(
-        stage=name, seed=self.seed, settings=describe_value(self.settings[name]),
+        stage=name, seed=self.seed, settings=describe_value(settings), callbacks=own,
         batch_size=dls.train.bs, data=flatten_config(data_config(dls)),
         before=[self.key(b) for b in before], version=mammo_nb.__version__)
 
@@ -83,9 +85,10 @@ def train(self:LesionStages,
     "Train the network of a stage, or continue, or reuse it"
     own = dict(self.settings[name])
     epochs, lr = own.pop('epochs'), own.pop('lr')
+    cbs = [*L(self.cbs), *L(own.pop('cbs', None))]
     checkpoints = self.folder/'checkpoints'/name
     def make(folder):
-        shared = dict(seed=self.seed, folder=checkpoints, cbs=self.cbs)
+        shared = dict(seed=self.seed, folder=checkpoints, cbs=cbs)
         learn = learner(self.dls[name], **shared, **own, **parts)
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
         learn.model.save_pretrained(folder)

@@ -41,7 +41,8 @@ def forget_attributes(
     for name, unknown in unknown_attributes(n, forget.device).items():
         if name not in inputs: continue
         own = forget[:, FIELDS.index(name)].view(-1, *[1]*(unknown.ndim-1))
-        changed[name] = torch.where(own, unknown.to(inputs[name].dtype), inputs[name])
+        given = inputs[name].to(unknown.dtype) # NaN is no whole number
+        changed[name] = torch.where(own, unknown, given)
     if changed.get('report') is not None: # it tells of the same lesion
         whole = forget.all(1).view(-1, 1, 1)
         changed['report'] = torch.where(whole, torch.nan, changed['report'])

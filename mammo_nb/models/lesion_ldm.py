@@ -7,6 +7,7 @@ __all__ = ['LesionLDM', 'sample_generators', 'content_seeds']
 
 # %% ../../nbs/models/86_lesion_ldm.ipynb #10cd1a97
 import hashlib, inspect
+from numbers import Integral
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -154,7 +155,7 @@ def sample_generators(
     n:int # samples
 )->list: # generators on the CPU
     "Make one generator a sample"
-    if isinstance(seed, int): seed = [stable_hash(seed, k) for k in range(n)]
+    if isinstance(seed, Integral): seed = [stable_hash(seed, k) for k in range(n)]
     if len(seed) != n:
         found, expected = f'{len(seed)} seeds', f'one number, or {n}'
         raise InputError('LesionLDM.sample', 'seed', found, expected)
@@ -183,6 +184,8 @@ def _step_options(scheduler, generators, eta):
     "What the step of this scheduler takes"
     own = dict(generator=generators, eta=eta)
     names = inspect.signature(scheduler.step).parameters
+    if eta and 'eta' not in names:
+        raise InputError(type(scheduler).__name__, 'eta', eta, '0: this scheduler has no such noise')
     return {name: value for name, value in own.items() if name in names}
 
 @patch
@@ -190,10 +193,16 @@ def check_scheduler(self:LesionLDM,
     scheduler # of diffusers
 ): # nothing; raises `InputError` for one of another training
     "Refuse a scheduler whose settings do not fit the training"
+    where = type(scheduler).__name__
     for name in ('prediction_type', 'num_train_timesteps'):
         own, given = getattr(self.scheduler.config, name), scheduler.config.get(name, 'epsilon')
-        if own == given: continue
-        raise InputError(type(scheduler).__name__, name, given, f'{own}, as in the training')
+        if own != given: raise InputError(where, name, given, f'{own}, as in the training')
+    own, given = self.scheduler.alphas_cumprod, scheduler.alphas_cumprod
+    if not torch.allclose(own, given.to(own), atol=1e-6):
+        raise InputError(where, 'noise', 'other betas', f'those of the training: {self.schedule}')
+    for name in ('clip_sample', 'thresholding'):
+        if scheduler.config.get(name): # some of diffusers begin with it
+            raise InputError(where, name, True, 'False: latents are not limited to [-1, 1]')
 
 def _known_cells(hole):
     "[B,1,h,w] bool: cells that neither the hole nor its neighbours touch"
@@ -291,5 +300,5 @@ def draw(self:LesionLDM,
 )->Tensor: # [B,1,S,S] in [0, 1]
     "Draw with the settings of the model, and seeds of the content"
     own = dict(steps=self.steps, guidance=self.guidance, scheduler=self.sampler)
-    own['seed'] = content_seeds(inputs)
+    own['seed'] = content_seeds(self.read_patch(inputs))
     return self.sample(inputs, **own | options)

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from ..core.errors import InputError, check_in
+from ..core.vocabulary import DENSITIES, parse_birads, parse_laterality, parse_view
 from .lesion_ldm import LesionLDM
 from .noise import make_scheduler
 from mammo_nb.samples.lesion_synthesis import (
@@ -101,6 +102,7 @@ def save_pretrained(self:LesionPipeline,
     if kwargs.pop('push_to_hub', False): self.push_to_hub(kwargs.pop('repo_id'), **kwargs)
 
 # %% ../../nbs/models/88_lesion_pipeline.ipynb #217f1f11
+_HUB = 'revision', 'token', 'cache_dir', 'local_files_only', 'force_download'
 _FILES = ['model_index.json', 'model/*.json', 'model/*.safetensors', 'scheduler/*.json']
 
 def _pipeline_folder(source, **hub):
@@ -133,6 +135,7 @@ def from_pretrained(cls:LesionPipeline,
     **hub # `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`
 )->LesionPipeline: # on the CPU
     "Load a pipeline from a folder or from the hub"
+    for name in hub: check_in(name, _HUB, 'LesionPipeline.from_pretrained', 'arguments')
     folder = _pipeline_folder(pretrained_model_name_or_path, **hub)
     kind = _scheduler_class(folder)
     model = LesionLDM.from_pretrained(folder/'model')
@@ -148,6 +151,31 @@ def _check_box(box, shape):
     expected = f'xmin < xmax and ymin < ymax inside {columns} x {rows} pixels'
     raise InputError('lesion_inputs', 'box', [x0, y0, x1, y1], expected)
 
+_PARSERS = dict(birads=parse_birads, laterality=parse_laterality, view=parse_view)
+
+def _read_word(name, value):
+    "A word as in the vocabulary, or `None` if it is unknown; refuses any other"
+    if value is None or isinstance(value, float) and value != value: return None
+    if name == 'kinds': return value if isinstance(value, str) else ' '.join(value)
+    if name in _PARSERS: return _PARSERS[name](value, 'lesion_inputs')
+    return check_in(str(value).strip().upper(), DENSITIES, 'lesion_inputs', name)
+
+def _check_hole(hole, window):
+    "Refuse a hole that is larger than the window: a part of it would not be drawn"
+    x0, y0, x1, y1 = window
+    rows, columns = (torch.nonzero(hole[0].any(axis)).flatten() for axis in (1, 0))
+    found = [columns[0], rows[0], columns[-1]+1, rows[-1]+1]
+    if x0 <= found[0] and y0 <= found[1] and found[2] <= x1 and found[3] <= y1: return
+    sides = f'a hole of {found[2]-found[0]} x {found[3]-found[1]} pixels'
+    expected = f'one inside the window of {x1-x0} pixels: a smaller box, or more context'
+    raise InputError('lesion_inputs', 'box', sides, expected)
+
+def _check_image(image):
+    "Refuse an image that is not in [0, 1]"
+    low, high = float(image.min()), float(image.max())
+    if 0 <= low and high <= 1: return
+    raise InputError('lesion_inputs', 'image', f'{low:g} to {high:g}', 'grey levels of 0 to 1')
+
 def lesion_inputs(
     image:Tensor, # [1,H,W] prepared image in [0, 1]
     box, # xmin, ymin, xmax, ymax of the lesion, pixels
@@ -159,12 +187,15 @@ def lesion_inputs(
     "Cut a window around a place, and write words as numbers"
     words = *ATTRIBUTES, 'kinds'
     for name in attributes: check_in(name, words, 'lesion_inputs', 'attributes')
+    attributes = {name: _read_word(name, value) for name, value in attributes.items()}
+    _check_image(image)
     shape = tuple(image.shape[-2:])
     x0, y0, x1, y1 = _check_box(box, shape)
     width = size
     if context is not None: width = max(1, round(context*max(x1-x0, y1-y0)))
     window = place_window(box, width, shape, margin=margin)
     hole = hole_mask(box, shape, margin)
+    _check_hole(hole, window)
     masked, mask = cut_hole(image, hole, window, size)
     inputs = dict(masked_image=masked, mask=mask, **encode_attributes(attributes))
     inputs['box'] = relative_box(box, window)
