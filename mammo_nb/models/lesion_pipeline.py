@@ -142,7 +142,7 @@ def from_pretrained(cls:LesionPipeline,
     if scheduler is None: scheduler = kind.from_pretrained(folder/'scheduler')
     return cls(model, scheduler)
 
-# %% ../../nbs/models/88_lesion_pipeline.ipynb #daf68cb4
+# %% ../../nbs/models/88_lesion_pipeline.ipynb #c41e7a10
 def _check_box(box, shape):
     "The sides of a box as numbers; refuses one that is not in an image"
     x0, y0, x1, y1 = map(float, box)
@@ -176,6 +176,7 @@ def _check_image(image):
     if 0 <= low and high <= 1: return
     raise InputError('lesion_inputs', 'image', f'{low:g} to {high:g}', 'grey levels of 0 to 1')
 
+# %% ../../nbs/models/88_lesion_pipeline.ipynb #daf68cb4
 def lesion_inputs(
     image:Tensor, # [1,H,W] prepared image in [0, 1]
     box, # xmin, ymin, xmax, ymax of the lesion, pixels
