@@ -8,7 +8,7 @@ from mammo_nb.learners.lesion_ldm import lesion_samples
 from mammo_nb.models.lesion_ldm import LesionLDM
 from mammo_nb.report.sections import make_section
 from mammo_nb.report.tour import Tour, TourConfig
-from mammo_nb.report.tour_lesions import draw_lesions, hole_means, lesion_model, lesion_patients, lesion_table, lesions
+from mammo_nb.report.tour_lesions import draw_lesions, hole_means, lesion_model, lesion_patients, lesion_numbers, lesions
 from mammo_nb.samples.lesion_synthesis import lesion_patches
 
 SMALL = dict(n_patients=8, seed=3, n_boot=20, n_lesion_patients=16, lesion_epochs=1)
@@ -70,7 +70,7 @@ def test_the_contrast_is_the_mean_over_the_pixels_of_each_hole(parts):
         each.append(images['mass'][k].numpy()[mask].mean()-images['healthy'][k].numpy()[mask].mean())
     found = hole_means(images, 'mass')-hole_means(images, 'healthy')
     np.testing.assert_allclose(found, each, atol=1e-6)
-    table = lesion_table(model, dataset, images, 20)
+    table = lesion_numbers(model, dataset, images, 20)
     assert float(table['value'].iloc[-1].split()[0]) == pytest.approx(np.mean(each), abs=1e-3)
 
 

@@ -35,7 +35,8 @@ def mammo_tour(
         for name, n in least.items():
             given[name] = min(getattr(TourConfig, name), max(n, patients))
     if epochs is not None: # and with trainings of their own
-        own = 'risk_epochs', 'gaze_epochs', 'three_view_epochs', 'other_view_epochs', 'lesion_epochs'
+        parts = 'risk', 'gaze', 'three_view', 'other_view', 'lesion'
+        own = [f'{part}_epochs' for part in parts]
         for name in own:
             given[name] = min(getattr(TourConfig, name), epochs)
     config = {name: value for name, value in given.items() if value is not None}

@@ -110,7 +110,8 @@ def encode(self:LesionStages,
         autoencoder.to(dls.device)
         for dataset, file in zip((dls.train_ds, dls.valid_ds), _LATENTS):
             write_latents(compute_latents(autoencoder, dataset), folder/file)
-    key = self.describe('diffusion', ['autoencoder']) | dict(stage='latents', settings='', callbacks={})
+    key = self.describe('diffusion', ['autoencoder'])
+    key |= dict(stage='latents', settings='', callbacks={})
     path = self.run('latents', key, make)
     return [read_latents(path/file) for file in _LATENTS]
 

@@ -185,7 +185,8 @@ def _step_options(scheduler, generators, eta):
     own = dict(generator=generators, eta=eta)
     names = inspect.signature(scheduler.step).parameters
     if eta and 'eta' not in names:
-        raise InputError(type(scheduler).__name__, 'eta', eta, '0: this scheduler has no such noise')
+        where = type(scheduler).__name__
+        raise InputError(where, 'eta', eta, '0: this scheduler has no such noise')
     return {name: value for name, value in own.items() if name in names}
 
 @patch

@@ -155,20 +155,25 @@ _PARSERS = dict(birads=parse_birads, laterality=parse_laterality, view=parse_vie
 
 def _read_word(name, value):
     "A word as in the vocabulary, or `None` if it is unknown; refuses any other"
-    if value is None or isinstance(value, float) and value != value: return None
-    if name == 'kinds': return value if isinstance(value, str) else ' '.join(value)
-    if name in _PARSERS: return _PARSERS[name](value, 'lesion_inputs')
-    return check_in(str(value).strip().upper(), DENSITIES, 'lesion_inputs', name)
+    missing = isinstance(value, float) and np.isnan(value)
+    if value is None or missing: return None
+    if name == 'kinds':
+        return value if isinstance(value, str) else ' '.join(value)
+    parse = _PARSERS.get(name)
+    if parse is not None: return parse(value, 'lesion_inputs')
+    word = str(value).upper()
+    return check_in(word, DENSITIES, 'lesion_inputs', name)
 
 def _check_hole(hole, window):
     "Refuse a hole that is larger than the window: a part of it would not be drawn"
     x0, y0, x1, y1 = window
-    rows, columns = (torch.nonzero(hole[0].any(axis)).flatten() for axis in (1, 0))
-    found = [columns[0], rows[0], columns[-1]+1, rows[-1]+1]
-    if x0 <= found[0] and y0 <= found[1] and found[2] <= x1 and found[3] <= y1: return
-    sides = f'a hole of {found[2]-found[0]} x {found[3]-found[1]} pixels'
+    left, top = max(x0, 0), max(y0, 0)
+    shared = hole[:, top:max(y1, 0), left:max(x1, 0)]
+    whole, inside = int(hole.sum()), int(shared.sum())
+    if inside == whole: return
+    found = f'a hole of which {whole-inside} of {whole} pixels lie outside'
     expected = f'one inside the window of {x1-x0} pixels: a smaller box, or more context'
-    raise InputError('lesion_inputs', 'box', sides, expected)
+    raise InputError('lesion_inputs', 'box', found, expected)
 
 def _check_image(image):
     "Refuse an image that is not in [0, 1]"

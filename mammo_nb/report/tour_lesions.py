@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LESION_SIZE', 'LESION_SETTINGS', 'LESION_LOADING', 'LESION_AUTOENCODER', 'LESION_MODEL', 'LESION_ASKED',
-           'lesion_patients', 'lesion_model', 'draw_lesions', 'hole_means', 'lesion_table', 'show_lesions', 'lesions']
+           'lesion_patients', 'lesion_model', 'draw_lesions', 'hole_means', 'lesion_numbers', 'show_lesions', 'lesions']
 
 # %% ../../nbs/report/21_tour_lesions.ipynb #c4438560
 from importlib.metadata import version
@@ -94,7 +94,7 @@ def hole_means(
     inside = (images[name]*mask).sum((1, 2, 3))
     return inside/mask.sum((1, 2, 3))
 
-def lesion_table(
+def lesion_numbers(
     model:LesionLDM, # trained
     dataset, # a `LesionSynthesisDataset` of masses
     images:dict, # as from `draw_lesions`
@@ -111,7 +111,8 @@ def lesion_table(
     rows = []
     for name, label in names.items():
         row = table.loc[name]
-        rows.append({'number': label, 'value': f'{row.value:.3f} ({row.ci_low:.3f}-{row.ci_high:.3f})'})
+        text = f'{row.value:.3f} ({row.ci_low:.3f} to {row.ci_high:.3f})'
+        rows.append(dict(number=label, value=text))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/21_tour_lesions.ipynb #dc485d98
@@ -149,7 +150,7 @@ def lesions(
     s.figure(show_lesions(images), '''The largest masses of test patients. Both drawings of a hole
         begin with the same noise; only what was asked for differs.''',
         'Four rows of patches: with a hole, two drawings, and the true patch.')
-    s.table(lesion_table(model, dataset, images, tour.config.n_boot), f'''{len(rows)} masses of
+    s.table(lesion_numbers(model, dataset, images, tour.config.n_boot), f'''{len(rows)} masses of
         {rows.patient_id.nunique()} test patients. Intervals: 95 %, bootstrap over patients.''')
     s.note('''SSIM and PSNR are those of the autoencoder, which sees the patch: they say nothing
         about what is drawn. Drawings are no data of patients. The training took less than a
