@@ -122,7 +122,8 @@ PLACES = dict(set_title=0, suptitle=0, set_xlabel=0, set_ylabel=0, text=2, annot
 OWN_TEXTS = { # module -> arguments that no table, file or user provides
     'cohort/hanging.py': {'key', "f'{key}\\nmissing'"}, 'core/diagram.py': {'text', 'label', 'name'},
     'gaze/fixations.py': {'i + 1'}, 'registration/error.py': {'name'}, 'report/tour_gaze.py': {'GAZE_VARIANTS[variant]'},
-    'report/tour_other_view.py': {'title'}, 'report/tour_two_view.py': {"f'{name} patients'", 'name'}, 'samples/sample.py': {'title'},
+    'report/tour_lesions.py': {'title'}, 'report/tour_other_view.py': {'title'}, 'report/tour_two_view.py': {"f'{name} patients'", 'name'},
+    'samples/sample.py': {'title'},
     'samples/three_views.py': {"f'{score:.2f}'", 'image_id', 'main'}} # its `annotate` draws nothing
 
 

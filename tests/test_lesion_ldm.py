@@ -177,6 +177,24 @@ def test_an_oracle_leads_every_sampler_to_the_clean_latent(kind, schedule):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('kind', SAMPLERS)
+@pytest.mark.parametrize('blend', (True, False))
+def test_an_oracle_in_place_of_the_denoiser_is_sampled_to_its_latent(kind, blend, model, monkeypatch):
+    "The loop of the model itself; cells around the hole are those of the masked image if they are blended in"
+    inputs, _ = make_batch()
+    scheduler = model.sampling_scheduler(kind, 20)
+    told = model.condition(inputs)
+    z = torch.randn(told['masked'].shape, generator=torch.Generator().manual_seed(1))
+    def target(x, t, *args):
+        signal, noise = amplitudes(scheduler, t.view(1))
+        return prediction_target(scheduler, z, (x-signal*z)/noise, t.view(1))
+    monkeypatch.setattr(model, 'guided_noise', target)
+    drawn = model.sample_latents(inputs, scheduler, 2., [torch.Generator().manual_seed(k) for k in range(3)], blend=blend)
+    known = lesion_ldm._known_cells(told['hole']) if blend else torch.zeros_like(z, dtype=torch.bool)
+    assert (drawn-torch.where(known, told['masked'], z)).abs().max() < 1e-3
+
+
+@torch.no_grad()
 def test_ddim_without_new_noise_is_deterministic(model, monkeypatch):
     "With eta 0 the global generator, from which steps without one draw, does not matter; with eta 1 it does"
     inputs, _ = make_batch()

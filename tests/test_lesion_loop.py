@@ -1,4 +1,5 @@
 "The reconstruction loop: ceilings and floors that networks of known behaviour reach, and judges that are refused."
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -296,6 +297,16 @@ def test_a_training_with_the_loss_continues_and_another_one_is_refused(dls, tmp_
     with pytest.raises(KeyboardInterrupt): train(tmp_path, [Stop()])
     with pytest.raises(InputError, match='cycle_loss.weight'): train(tmp_path, weight=.2)
     assert train(tmp_path) == train()
+
+
+def test_measurements_of_another_verifier_open_no_gate(dls):
+    verifier = small_verifier()
+    other = deepcopy(verifier)
+    torch.nn.init.zeros_(next(other.parameters()))
+    measured = gate().assign(verifier=model_version(verifier))
+    assert CycleLoss(verifier, measured).version == model_version(verifier)
+    with pytest.raises(InputError, match='the measured one'): CycleLoss(other, measured)
+    with pytest.raises(InputError, match='the measured one'): loop_table(painter(follow), other, dls.valid_ds, measured, MASS)
 
 
 def test_without_the_gate_there_is_no_loss():

@@ -12,7 +12,7 @@ from mammo_nb.cohort.datasets.vindr_mammo import (
 from mammo_nb.cohort.leaks import leaking_patients
 from mammo_nb.dicom.mammogram import read_mammogram
 from mammo_nb.dicom.write import write_mammogram
-from mammo_nb.samples.lesion_synthesis import lesion_patches
+from mammo_nb.samples.lesion_synthesis import KINDS, encode_attributes, lesion_patches
 from repo import ROOT
 
 ROWS, COLS = 176, 140
@@ -499,6 +499,17 @@ def test_the_counts_of_the_card_fit_each_other():
 
 
 # ---- LesionLDM
+
+def test_a_row_of_two_categories_is_one_lesion_with_both(tmp_path):
+    "82 rows of the published table name a calcification and a mass: one patch, with both asked for"
+    findings = annotated(IMAGES, ('a1lcc', "['Suspicious Calcification', 'Mass']", 'BI-RADS 4', BOX), ('f6rmlo', "['Mass']", 'BI-RADS 3', BOX))
+    rows = lesion_patches(read(tmp_path, findings=findings))
+    asked = {row.image_id: encode_attributes(row._asdict())['category'] for row in rows.itertuples(index=False)}
+    assert len(rows) == 2
+    assert {k for k, value in zip(KINDS, asked['a1lcc']) if value} == {'mass', 'calcification'}
+    assert {k for k, value in zip(KINDS, asked['f6rmlo']) if value} == {'mass'}
+
+
 
 TINY = dict(
     autoencoder=dict(epochs=1, model_args=dict(channels=(4, 8), blocks=1, attention=False)),
