@@ -124,7 +124,7 @@ def scores(model, dataset):
 def main(argv=None):
     a = options(__doc__, argv, patients=700, train_seed=0)
     settings = dict(few=FEW, epochs=EPOCHS, copies=COPIES, classifier_steps=STEPS, drawn_with=SAMPLING)
-    bench = start('lesion_downstream', a, 'about 25 minutes on 2 cores, after lesion_ldm', **settings)
+    bench = start('lesion_downstream', a, 'about 30 minutes on 2 cores, after lesion_ldm', **settings)
     if bench.finished('real_and_synthetic - real', 'auc'):
         return
     prepared, rows, folder, (model, _, _) = trained(a)

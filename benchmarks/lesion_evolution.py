@@ -10,7 +10,8 @@ the hole alone does to the risk.
 
 - `rank_correlation`: Spearman's correlation of the size and the risk within five years along a series; the mean over
   patients.
-- `risk_change`: the risk at the largest size minus that at size 0.
+- `risk_change`: the risk at the largest size minus that at size 0. Of `control` it is 0: its largest hole is filled
+  with the same tissue as the first one.
 
 The images are drawn with 256 x 192 pixels, and reduced to the 192 x 144 that LMV-Net reads. Intervals are from a
 bootstrap over patients, of one training of each network.
@@ -62,7 +63,7 @@ def risk_network(a):
 def healthy_breasts(rows, learnt):
     "One breast a patient: without a cancer, with both views and a prior, of patients from whom nothing was learnt"
     complete = rows.filter(like='image_id').notna().all(axis=1)
-    keep = (rows.split == 'test') & (rows.event == 0) & complete & ~rows.patient_id.isin(learnt)
+    keep = (rows.split == 'test') & rows.years_to_cancer.isna() & complete & ~rows.patient_id.isin(learnt)
     return rows[keep].drop_duplicates('patient_id')[:BREASTS].reset_index(drop=True)
 
 # Drawing
@@ -93,7 +94,7 @@ def add_rows(bench, tables):
 
 def main(argv=None):
     a = options(__doc__, argv, patients=700, train_seed=0, risk_patients=1200)
-    bench = start('lesion_evolution', a, 'about 25 minutes on 2 cores, after lesion_ldm', sizes_mm=SIZES,
+    bench = start('lesion_evolution', a, 'about 45 minutes on 2 cores, after lesion_ldm', sizes_mm=SIZES,
                   breasts=BREASTS, asked=ASKED, drawn_with=SAMPLING, risk_patients=a.risk_patients)
     if bench.finished('growing_lesion - control', 'rank_correlation'):
         return

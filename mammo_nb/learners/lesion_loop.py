@@ -156,7 +156,7 @@ def loop_table(
     **options # of the drawing: `steps`, `guidance`, `scheduler`
 )->pd.DataFrame: # `source`, and the columns of `agreement_table`
     "List asked and predicted classes of real, drawn and shuffled lesions"
-    check_verifier(measured, margin, heads)
+    check_verifier(measured, margin, heads, verifier)
     check_judge(model, verifier, dataset)
     own = dataset_attributes(dataset)
     other = shuffle_attributes(own, seed)
@@ -269,7 +269,7 @@ class CycleLoss(Callback):
         below:float=.3, # share of all steps below which they count
         margin:float=.1 # of the gate, see `check_verifier`
     ):
-        self.heads = check_verifier(measured, margin, heads)
+        self.heads = check_verifier(measured, margin, heads, verifier)
         self.weight = check_range(weight, 0, 1000, 'CycleLoss', 'weight')
         self.below = check_range(below, 0, 1, 'CycleLoss', 'below')
         self.version = model_version(verifier)

@@ -18,6 +18,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn, Tensor
 from ..core.errors import InputError, check_in, check_range
+from ..core.hub import model_version
 from ..core.seeding import seed_everything
 from .resume import training_callbacks
 from ..metrics.lesion_synthesis import (
@@ -186,7 +187,7 @@ def measure_verifier(
     n_boot:int=2000, # resamples of patients
     seed:int=0, # of the resampling
     bs:int=64 # patches at once
-)->pd.DataFrame: # a row a head, see `evaluate_agreement`
+)->pd.DataFrame: # a row a head, see `evaluate_agreement`; `verifier`: its version
     "Measure each head beside the majority and chance"
     dataset = data.valid_ds if isinstance(data, DataLoaders) else data
     predicted, true = predict_heads(verifier, dataset, bs)
@@ -194,6 +195,7 @@ def measure_verifier(
     measured = evaluate_agreement(table, n_boot, seed).set_index('attribute')
     measured = measured.reindex(VERIFIER_HEADS) # NaN for a head whose classes are all unknown
     measured['n'] = measured.n.fillna(0).astype(int)
+    measured['verifier'] = model_version(verifier)
     return measured.rename_axis('head').reset_index()
 
 # %% ../../nbs/learners/64_lesion_verifier.ipynb #6faa22ab
@@ -208,13 +210,22 @@ def passing_heads(
     several = table.chance < 1 # of one class nothing can be learnt
     return dict(zip(table['head'], enough & certain & several))
 
+def _check_measured(table, verifier):
+    "Refuse the measurements of another verifier"
+    if verifier is None or 'verifier' not in table: return
+    measured, used = set(table.verifier), model_version(verifier)
+    if measured == {used}: return
+    raise InputError('check_verifier', 'verifier', used, f'the measured one, {", ".join(measured)}')
+
 def check_verifier(
     table:pd.DataFrame, # as from `measure_verifier`, of patients not learnt from
     margin:float=.1, # by which the balanced accuracy must exceed chance
-    heads:tuple=VERIFIER_HEADS # those that will be used
+    heads:tuple=VERIFIER_HEADS, # those that will be used
+    verifier:LesionVerifier|None=None # that will be used; refused if another one was measured
 )->tuple: # `heads`, unchanged; raises `InputError` that names those that fail
     "Refuse a verifier whose heads do not beat chance"
     for head in heads: check_in(head, table['head'], 'check_verifier', 'heads')
+    _check_measured(table, verifier)
     passes = passing_heads(table, margin)
     values = table.set_index('head')
     failed = []

@@ -336,7 +336,7 @@ class LesionTargets(Sample):
         extent = (left, left+w, h, 0)
         ctx.imshow(prediction[0].float(), cmap='gray', vmin=0, vmax=1, extent=extent)
         style = dict(color='w', fontsize=8, ha='right', va='top')
-        ctx.text(left+.97*w, .03*h, 'drawn', **style)
+        ctx.text(left+.97*w, .03*h, 'output', **style)
         ctx.set_xlim(0, left+w)
 
 # %% ../../nbs/samples/40_lesion_synthesis.ipynb #50c73c8d
