@@ -13,25 +13,27 @@ the hole alone does to the risk.
 - `risk_change`: the risk at the largest size minus that at size 0. Of `control` it is 0: its largest hole is filled
   with the same tissue as the first one.
 
-The images are drawn with 256 x 192 pixels, and reduced to the 192 x 144 that LMV-Net reads. Intervals are from a
+Lesions are drawn into images of 256 x 192 pixels, and what was changed is moved to the grid of the 192 x 144 pixels
+that LMV-Net reads. Intervals are from a
 bootstrap over patients, of one training of each network.
 """
 import sys
 from math import ceil
 from pathlib import Path
-import pandas as pd
+import numpy as np
 import torch
-from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import lmvnet
 from benchmarks._bench import options
 from benchmarks._lesions import SIZE, start, trained
 from benchmarks._trainings import load_tensors, prepare_insilico, run_jobs
 from benchmarks.registration import insilico_patients, trained_network
+from mammo_nb.core.geometry import map_points
 from mammo_nb.core.seeding import rng_for
 from mammo_nb.learners.lesion_evolution import (
     HEALTHY, draw_series, rank_correlation, risk_change, score_series, size_factors
 )
+from mammo_nb.preparation.resampling import resample
 from mammo_nb.registration.instance_optimisation import InstanceOptimised
 from mammo_nb.samples.lesion_synthesis import place_box
 from mammo_nb.samples.risk import breast_history
@@ -68,17 +70,29 @@ def healthy_breasts(rows, learnt):
 
 # Drawing
 
-def draw_one(model, image, image_id, seed, attributes):
-    "One series of an image [K,1,192,144]"
-    width = ceil(max(SIZES)/image.spacing_mm)
-    box = place_box(image.mask, (width, width), rng_for(seed, 'place', image_id))
-    factors = size_factors(box, SIZES, image.spacing_mm)
-    images = draw_series(model, image, box, factors, seed, fill=True, options=SAMPLING, **attributes)
-    return F.interpolate(images, lmvnet.SIZE, mode='bilinear', antialias=True)
+def to_grid(change, finer, coarser):
+    "[K,1,h,w] a change of one preparation of an image, on the grid of a coarser one"
+    affine = finer.affine @ coarser.affine.inverse
+    h, w = coarser.mask.shape
+    diagonal = np.arange(max(h, w))+.5
+    rows, cols = map_points(affine, np.stack([diagonal, diagonal], 1)).T
+    factor = finer.scale/coarser.scale
+    moved = [resample(one[0].numpy(), rows[:h], cols[:w], factor) for one in change]
+    return torch.from_numpy(np.stack(moved))[:, None]
 
-def draw_all(model, prepared, ids, seed, attributes):
+def draw_one(model, finer, coarser, image_id, seed, attributes):
+    "One series of an image [K,1,192,144]"
+    width = ceil(max(SIZES)/finer.spacing_mm)
+    box = place_box(finer.mask, (width, width), rng_for(seed, 'place', image_id))
+    factors = size_factors(box, SIZES, finer.spacing_mm)
+    images = draw_series(model, finer, box, factors, seed, fill=True, options=SAMPLING, **attributes)
+    change = to_grid(images-torch.from_numpy(finer.image), finer, coarser)
+    return (torch.from_numpy(coarser.image)+change).clamp(0, 1)
+
+def draw_all(model, finer, coarser, ids, seed, attributes):
     "Image id -> series"
-    drawn = run_jobs([(draw_one, model, prepared.load(i), i, seed, attributes) for i in ids])
+    drawn = run_jobs([
+        (draw_one, model, finer.load(i), coarser.load(i), i, seed, attributes) for i in ids])
     return dict(zip(ids, drawn))
 
 # The run
@@ -107,7 +121,7 @@ def main(argv=None):
     ids = [*chosen.image_id_cc, *chosen.image_id_mlo]
     tables = {}
     for name, asked in dict(growing_lesion=ASKED, control=HEALTHY).items():
-        series = draw_all(model, finer, ids, a.seed, asked)
+        series = draw_all(model, finer, prepared, ids, a.seed, asked)
         tables[name] = score_series(risk, prepared, chosen, series, SIZES, registration=registration)
     add_rows(bench, tables)
 
